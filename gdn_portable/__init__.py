@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gated DeltaNet for inference engines: one interface, each vendor's kernels."""
+
+from gdn_portable.backend import Backend, Kernel
+from gdn_portable.errors import (
+    GdnError,
+    InputError,
+    ModelFileError,
+    SpecError,
+    UnknownBackendError,
+    UnsupportedError,
+)
+from gdn_portable.interface import GdnOps
+from gdn_portable.metadata import (
+    DraftProtocol,
+    GdnParams,
+    PrefillMetadata,
+    ReplayDrafts,
+    SnapshotDrafts,
+    VerifyMetadata,
+)
+from gdn_portable.select import Choice, bind, detect_device, explain, get_backend
+from gdn_portable.spec import ConvLayout, Device, GdnSpec, Op, StateLayout
+from gdn_portable.state import StatePool
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backend",
+    "Choice",
+    "ConvLayout",
+    "Device",
+    "DraftProtocol",
+    "GdnError",
+    "GdnOps",
+    "GdnParams",
+    "GdnSpec",
+    "InputError",
+    "Kernel",
+    "ModelFileError",
+    "Op",
+    "PrefillMetadata",
+    "ReplayDrafts",
+    "SnapshotDrafts",
+    "SpecError",
+    "StateLayout",
+    "StatePool",
+    "UnknownBackendError",
+    "UnsupportedError",
+    "VerifyMetadata",
+    "bind",
+    "detect_device",
+    "explain",
+    "get_backend",
+]

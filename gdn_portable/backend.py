@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a backend declares its kernels, and how a kernel says what it cannot serve."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from gdn_portable.spec import ConvLayout, Device, GdnSpec, Op, StateLayout
+
+Launcher = Callable[..., Any]
+
+
+class MakeLauncher(Protocol):
+    """What a kernel's target is: called once, at bind."""
+
+    def __call__(self, spec: GdnSpec, device: Device, *, deterministic: bool) -> Launcher:
+        """Return the op for ``spec``; what must live between calls lives in what is returned.
+
+        Args:
+            spec: the layer.
+            device: where it runs.
+            deterministic: whether results must not depend on the composition of the batch.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """One implementation of one op, described without importing the library behind it.
+
+    A restriction that does not apply says so with None: there are no permissive defaults.
+
+    Attributes:
+        op: what it implements.
+        name: ``library.op``, as logs and overrides spell it.
+        target: what makes the launcher, or its ``"module:function"``, imported at bind.
+        probe: returns why the library behind it cannot be used, found without importing it.
+        devices: kinds of :class:`Device` it runs on.
+        archs: architectures it runs on.
+        dtypes: of the activations.
+        state_dtypes: of the recurrent state.
+        head_dims: (K, V) pairs.
+        state_layouts: it takes as they are; another is reached by a view.
+        conv_layouts: it takes as they are; another is reached by a view.
+        refuse: returns a reason for what the fields above cannot express.
+    """
+
+    op: Op
+    name: str
+    target: MakeLauncher | str
+    probe: Callable[[], str | None] | None
+    devices: Collection[str] | None
+    archs: Collection[str] | None
+    dtypes: Collection[torch.dtype] | None
+    state_dtypes: Collection[torch.dtype] | None
+    head_dims: Collection[tuple[int, int]] | None
+    state_layouts: Collection[StateLayout] | None
+    conv_layouts: Collection[ConvLayout] | None
+    refuse: Callable[[GdnSpec, Device], str | None] | None = None
+
+    def reasons(self, spec: GdnSpec, device: Device) -> list[str]:
+        """Return every reason why it cannot serve ``spec`` on ``device``; empty when it can."""
+        found = [
+            _unless("device", device.kind, self.devices),
+            _unless("arch", device.arch, self.archs),
+            _unless("dtype", spec.dtype, self.dtypes),
+            _unless("state dtype", spec.state_dtype, self.state_dtypes),
+            _unless("head dims (K, V)", (spec.head_k_dim, spec.head_v_dim), self.head_dims),
+            self.probe() if self.probe else None,
+            self.refuse(spec, device) if self.refuse else None,
+        ]
+        return [reason for reason in found if reason]
+
+    def load(self, spec: GdnSpec, device: Device, *, deterministic: bool) -> Launcher:
+        """Import the target and let it make the launcher."""
+        make = self.target
+        if isinstance(make, str):
+            module, _, attribute = make.partition(":")
+            make = getattr(importlib.import_module(module), attribute)
+        launcher: Launcher = make(spec, device, deterministic=deterministic)
+        return launcher
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """A named, ordered table of kernels: of each op, the first that is able is used.
+
+    Attributes:
+        name: as ``bind(backend=...)`` spells it.
+        devices: kinds of device it is meant for; None for any. A plugin that names a kind no
+            built-in backend serves becomes that kind's default.
+        kernels: in order of preference.
+    """
+
+    name: str
+    devices: Collection[str] | None
+    kernels: tuple[Kernel, ...]
+
+
+def needs(module: str, distribution: str) -> Callable[[], str | None]:
+    """Return a probe that reports ``distribution`` missing, without importing ``module``."""
+
+    def probe() -> str | None:
+        if importlib.util.find_spec(module) is None:
+            return f"{distribution} is not installed"
+        try:
+            importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return f"module {module!r} is not from {distribution}"
+        return None
+
+    return probe
+
+
+def _unless(what: str, value: object, allowed: Collection[Any] | None) -> str | None:
+    if allowed is None or value in allowed:
+        return None
+    return f"{what} is {value}, needs {' or '.join(map(str, allowed))}"

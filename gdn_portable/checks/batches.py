@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for a batch as a whole: what its sequences read, write and keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn_portable.checks.tensors import INTEGERS, Rules, shape_text
+from gdn_portable.errors import InputError
+from gdn_portable.metadata import (
+    DraftProtocol,
+    Drafts,
+    PrefillMetadata,
+    ReplayDrafts,
+    SnapshotDrafts,
+    VerifyMetadata,
+    conv_slot_shape,
+    draft_protocol,
+    state_slot_shape,
+)
+from gdn_portable.spec import ConvLayout, Op
+
+
+def prefill(
+    rules: Rules,
+    op: Op,
+    metadata: PrefillMetadata,
+    rows: int,
+    slots: int,
+    checkpoint_state: Tensor | None,
+) -> None:
+    """Check a packed batch against the pools."""
+    planned_only = op is Op.PLAN_PREFILL
+    lengths = rules.lengths(metadata.cu_seqlens, None if planned_only else rows)
+    if metadata.seq_lens_cpu is not None and [*map(int, metadata.seq_lens_cpu)] != lengths:
+        raise InputError(
+            f"seq_lens_cpu is {list(metadata.seq_lens_cpu)}, needs {lengths} as cu_seqlens says"
+        )
+    if planned_only:
+        return
+    N = len(lengths)
+    source = rules.slots("state_indices", metadata.state_indices, N, slots)
+    target = rules.targets(metadata.out_state_indices, source, slots)
+    live, reads = rules.live(source), list(source)
+    if metadata.has_initial_state is not None:
+        flags = metadata.has_initial_state
+        if not isinstance(flags, Tensor) or flags.dim() != 1 or len(flags) < N:
+            raise InputError(f"has_initial_state needs a tensor of one axis of at least {N}")
+        rules.dtype_and_device("has_initial_state", flags, (torch.bool,))
+        pad = rules.spec.pad_slot
+        reads = [s if f else pad for s, f in zip(source, flags.tolist(), strict=False)]
+    rules.exclusive(live, reads, target)
+    _checkpoints(rules, metadata, lengths, live, target, reads, slots, checkpoint_state)
+
+
+def _checkpoints(
+    rules: Rules,
+    metadata: PrefillMetadata,
+    lengths: list[int],
+    live: list[bool],
+    target: list[int],
+    reads: list[int],
+    slots: int,
+    checkpoint_state: Tensor | None,
+) -> None:
+    missing = (metadata.checkpoint_offsets is None) + (metadata.checkpoint_indices is None)
+    if missing == 1:
+        raise InputError("checkpoint_offsets and checkpoint_indices: needs both or neither")
+    if missing == 2:
+        if checkpoint_state is not None:
+            raise InputError("checkpoint_state is given, needs metadata.checkpoint_offsets")
+        return
+    offsets = rules.indices("checkpoint_offsets", metadata.checkpoint_offsets, len(lengths))
+    if checkpoint_state is not None:
+        rules.state("checkpoint_state", checkpoint_state, rules.spec.compute_dtype)
+        slots = len(checkpoint_state)
+    where = rules.slots("checkpoint_indices", metadata.checkpoint_indices, len(lengths), slots)
+    wanted = [on and offset >= 0 for on, offset in zip(live, offsets, strict=True)]
+    for i, offset in enumerate(offsets):
+        if wanted[i] and offset > lengths[i]:
+            raise InputError(
+                f"checkpoint_offsets[{i}] is {offset}, needs at most the length {lengths[i]}"
+            )
+    rules.exclusive(wanted, [rules.spec.pad_slot] * len(where), where)
+    if checkpoint_state is None:
+        used = {slot for slot, on in zip(target, live, strict=True) if on}
+        used |= {slot for slot, on in zip(reads, live, strict=True) if on}
+        for i, slot in enumerate(where):
+            if wanted[i] and slot > rules.spec.pad_slot and slot in used:
+                raise InputError(
+                    f"checkpoint_indices[{i}] is {slot}, needs a slot that no sequence uses"
+                )
+
+
+def verify(
+    rules: Rules,
+    metadata: VerifyMetadata,
+    drafts: Drafts | None,
+    rows: int,
+    slots: int,
+    conv_state: Tensor | None,
+    state: Tensor | None,
+) -> None:
+    """Check drafts against the protocol they name."""
+    protocol, P = draft_protocol(metadata, drafts), metadata.max_drafts
+    lengths = _draft_lengths(rules, metadata, rows)
+    B = len(lengths)
+    accepted = [0] * B
+    if metadata.num_accepted is not None:
+        accepted = rules.indices("num_accepted", metadata.num_accepted, B)
+    if protocol is DraftProtocol.SLOT_TABLE:
+        source = _slot_table(rules, metadata, accepted, lengths, slots, conv_state)
+    else:
+        source = rules.slots("state_indices", metadata.state_indices, B, slots)
+    live, most = rules.live(source), P
+    if isinstance(drafts, ReplayDrafts):
+        rules.exclusive(live, source, source)
+        most = _replay(rules, drafts, P, slots)
+    elif isinstance(drafts, SnapshotDrafts):
+        _snapshots(rules, metadata, drafts, live, conv_state, state)
+    elif metadata.state_indices.dim() == 2:
+        most = metadata.state_indices.shape[1]
+    for i, count in enumerate(accepted):
+        if live[i] and not 0 <= count <= most and not isinstance(drafts, SnapshotDrafts):
+            raise InputError(f"num_accepted[{i}] is {count}, needs 0 to {most}")
+    _tree(rules, metadata, lengths, live)
+
+
+def _draft_lengths(rules: Rules, metadata: VerifyMetadata, rows: int) -> list[int]:
+    P = metadata.max_drafts
+    if P < 1:
+        raise InputError(f"max_drafts is {P}, needs at least 1: the root counts")
+    if metadata.cu_seqlens is None:
+        if rows % P:
+            raise InputError(
+                f"{rows} draft tokens without cu_seqlens, needs a multiple of max_drafts ({P})"
+            )
+        return [P] * (rows // P)
+    lengths = rules.lengths(metadata.cu_seqlens, rows)
+    if max(lengths, default=0) > P:
+        raise InputError(f"a sequence has {max(lengths)} drafts, needs at most {P}")
+    return lengths
+
+
+def _slot_table(
+    rules: Rules,
+    metadata: VerifyMetadata,
+    accepted: list[int],
+    lengths: list[int],
+    slots: int,
+    conv_state: Tensor | None,
+) -> list[int]:
+    """Check [B, P] slots; return the slot that each sequence is read from."""
+    table, P = metadata.state_indices, metadata.max_drafts
+    B = len(lengths)
+    if table.shape[0] < B or table.shape[1] < P:
+        raise InputError(
+            f"state_indices is {shape_text(table.shape)}, needs {shape_text((B, P))} [B, P]"
+        )
+    rules.dtype_and_device("state_indices", table, INTEGERS)
+    if conv_state is not None:
+        time_axis = -1 if rules.spec.conv_layout is ConvLayout.DIM_FIRST else -2
+        columns, needed = conv_state.shape[time_axis], rules.spec.conv_width - 1 + P - 1
+        if columns < needed:
+            raise InputError(
+                f"conv_state has windows of {columns} columns, needs {needed} for a slot table "
+                f"of {P} drafts: set conv_window in the spec"
+            )
+    named: list[list[int]] = table[:B].tolist()
+    writer: dict[int, int] = {}
+    source = []
+    for i, row in enumerate(named):
+        rules.slots(f"state_indices[{i}]", table[i], len(row), slots)
+        source.append(row[min(max(accepted[i], 1), len(row)) - 1])
+        written = row[: lengths[i]] if source[i] > rules.spec.pad_slot else []
+        for t, slot in enumerate(written):
+            if slot > rules.spec.pad_slot and (slot in row[:t] or writer.setdefault(slot, i) != i):
+                raise InputError(f"state_indices names slot {slot} twice, needs it once")
+    for i, slot in enumerate(source):
+        if slot > rules.spec.pad_slot and writer.get(slot, i) != i:
+            raise InputError(f"row {i} reads slot {slot}, which row {writer[slot]} writes")
+    return source
+
+
+def _replay(rules: Rules, drafts: ReplayDrafts, P: int, slots: int) -> int:
+    """Check kept inputs; return how many drafts they have room for."""
+    spec, room = rules.spec, drafts.k.shape[1] if drafts.k.dim() > 1 else 0
+    shapes = {
+        "k": (spec.num_k_heads, spec.head_k_dim),
+        "v": (spec.num_v_heads, spec.head_v_dim),
+        "g": (spec.num_v_heads,),
+        "beta": (spec.num_v_heads,),
+        "conv_inputs": (spec.conv_dim,),
+    }
+    for name, shape in shapes.items():
+        kept = getattr(drafts, name)
+        dtype = spec.compute_dtype if name in ("g", "beta") else spec.dtype
+        needed = (max(slots, 1), max(P, room), *shape)
+        fits = kept.dim() == len(needed) and kept.shape[1:] == needed[1:]
+        if not fits or len(kept) < slots:
+            raise InputError(
+                f"drafts.{name} has shape {shape_text(kept.shape)}, needs {shape_text(needed)}"
+            )
+        rules.dtype_and_device(f"drafts.{name}", kept, (dtype,))
+    return room
+
+
+def _snapshots(
+    rules: Rules,
+    metadata: VerifyMetadata,
+    drafts: SnapshotDrafts,
+    live: list[bool],
+    conv_state: Tensor | None,
+    state: Tensor | None,
+) -> None:
+    B, P, spec = len(live), metadata.max_drafts, rules.spec
+    kept_of = (
+        ("conv_state", drafts.conv_state, conv_state, conv_slot_shape(spec, spec.conv_width - 1)),
+        ("state", drafts.state, state, state_slot_shape(spec)),
+    )
+    rows = list(range(B))
+    if metadata.rows is not None:
+        rows = rules.indices("rows", metadata.rows, B)
+    for name, kept, pool, shape in kept_of:
+        if pool is None:
+            continue
+        if kept is None:
+            raise InputError(f"drafts.{name} is None, needs a tensor")
+        steps_fit = kept.dim() == len(shape) + 2 and kept.shape[1] >= P
+        if not steps_fit or tuple(kept.shape[2:]) != shape:
+            needed = shape_text(("rows", P, *shape))
+            raise InputError(f"drafts.{name} has shape {shape_text(kept.shape)}, needs {needed}")
+        rules.dtype_and_device(f"drafts.{name}", kept, (pool.dtype,))
+        for i, row in enumerate(rows):
+            if live[i] and not 0 <= row < len(kept):
+                raise InputError(f"rows[{i}] is {row}, needs 0 to {len(kept) - 1}")
+    used = [row for row, on in zip(rows, live, strict=True) if on]
+    if len(set(used)) < len(used):
+        raise InputError(f"rows is {rows}, needs each row once")
+    time_axis = -1 if spec.conv_layout is ConvLayout.DIM_FIRST else -2
+    windows = drafts.conv_state
+    if not metadata.is_tree or windows is None or conv_state is None:
+        return
+    if windows.shape[time_axis] > 1 and windows.stride(1) == windows.stride(time_axis):
+        raise InputError("drafts.conv_state overlaps, which holds a chain; got a tree")
+
+
+def _tree(rules: Rules, metadata: VerifyMetadata, lengths: list[int], live: list[bool]) -> None:
+    B, P = len(lengths), metadata.max_drafts
+    if (metadata.next_token is None) != (metadata.next_sibling is None):
+        raise InputError("next_token and next_sibling: needs both or neither")
+    for name in ("parents", "next_token", "next_sibling"):
+        links = getattr(metadata, name)
+        if links is None:
+            continue
+        if links.dim() != 2 or links.shape[0] < B or links.shape[1] < P:
+            raise InputError(
+                f"{name} is {shape_text(links.shape)}, needs {shape_text((B, P))} [B, P]"
+            )
+        rules.dtype_and_device(name, links, INTEGERS)
+        if name == "parents" and metadata.next_token is not None:
+            continue  # filled from the links
+        for i, row in enumerate(links[:B].tolist()):
+            for t in range(lengths[i] if live[i] else 0):
+                low, high = (0, t - 1) if name == "parents" else (t + 1, lengths[i] - 1)
+                none = t == 0 if name == "parents" else row[t] == -1
+                if not none and not low <= row[t] <= high:
+                    raise InputError(
+                        f"{name}[{i}, {t}] is {row[t]}, needs {low} to {high}"
+                        + ("" if name == "parents" else ", or -1 for none")
+                    )
+
+
+def commit(
+    rules: Rules, conv_state: Tensor | None, state: Tensor | None, arguments: Mapping[str, Any]
+) -> None:
+    """Check what is to be kept."""
+    metadata, drafts = arguments["metadata"], arguments["drafts"]
+    last = arguments["last_accepted"]
+    if draft_protocol(metadata, drafts) is DraftProtocol.SLOT_TABLE:
+        raise InputError("drafts is None, needs ReplayDrafts or SnapshotDrafts to commit")
+    layered = state is not None and state.dim() == 5
+    layered = layered or (conv_state is not None and conv_state.dim() == 4)
+    windows, states = (
+        pool[0] if layered and pool is not None else pool for pool in (conv_state, state)
+    )
+    slots = rules.pools(windows, states)
+    B = min(len(last), len(metadata.state_indices))
+    source = rules.slots("state_indices", metadata.state_indices, B, slots)
+    target = rules.targets(arguments.get("out_state_indices"), source, slots)
+    live = rules.live(source)
+    for i, draft in enumerate(rules.indices("last_accepted", last, B)):
+        if live[i] and not -1 <= draft < metadata.max_drafts:
+            most = metadata.max_drafts - 1
+            raise InputError(f"last_accepted[{i}] is {draft}, needs -1 to {most}")
+    rules.exclusive(live, source, target)
+    if isinstance(drafts, ReplayDrafts):
+        _replay(rules, drafts, metadata.max_drafts, slots)
+    else:
+        kept = SnapshotDrafts(
+            *(
+                part[0] if layered and part is not None else part
+                for part in (drafts.conv_state, drafts.state)
+            )
+        )
+        _snapshots(rules, metadata, kept, live, windows, states)

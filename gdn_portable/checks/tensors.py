@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for single arguments: tensors, pools and indices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gdn_portable.errors import InputError
+from gdn_portable.metadata import GdnParams, conv_slot_shape, state_slot_shape
+from gdn_portable.spec import ConvLayout, Device, GdnSpec, Op, StateLayout, torch_device
+
+INTEGERS = (torch.int32, torch.int64)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+# letters of each tensor argument; T stands for B where rows are sequences
+SHAPES = {
+    "x": "T D",
+    "mixed_qkv": "T D",
+    "weight": "D W",
+    "bias": "D",
+    "q": "T H K",
+    "k": "T H K",
+    "v": "T HV V",
+    "a": "T HV",
+    "b": "T HV",
+    "g": "T HV",
+    "beta": "T HV",
+    "A_log": "HV",
+    "dt_bias": "HV",
+    "gate": "T HV V",
+    "out": "T HV V",
+}
+SHAPES_OF: Mapping[Op, Mapping[str, str]] = {
+    Op.CONV1D_PREFILL: {"out": "T D"},
+    Op.CONV1D_UPDATE: {"out": "T D"},
+    Op.CONV1D_VERIFY: {"out": "T D"},
+    Op.GATED_RMS_NORM: {"x": "T HV V", "weight": "V"},
+}
+ACTIVATIONS = ("x", "mixed_qkv", "q", "k", "v")
+DENSE_VECTORS = ("q", "k", "v", "gate")  # token and head strides are free
+
+
+class Rules(NamedTuple):
+    """What the arguments of a layer's ops must look like."""
+
+    spec: GdnSpec
+    device: Device
+
+    def tensors(self, op: Op, arguments: Mapping[str, Any]) -> int:
+        """Check shapes, dtypes, strides and device; return the rows of the batch."""
+        shapes = {**SHAPES, **SHAPES_OF.get(op, {})}
+        sizes = self.sizes()
+        for name, value in arguments.items():
+            if name not in shapes or value is None:
+                continue
+            if "T" not in sizes and isinstance(value, Tensor) and value.dim():
+                sizes["T"] = len(value)
+            dtypes: Sequence[torch.dtype] = FLOATS
+            if name in ACTIVATIONS and op is not Op.GATED_RMS_NORM:
+                dtypes = (self.spec.dtype,)
+            elif name in ("g", "beta"):
+                dtypes = (self.spec.compute_dtype,)
+            self.tensor(name, value, shapes[name], sizes, dtypes)
+            if name in DENSE_VECTORS:
+                self.dense(name, value)
+        out, first = arguments.get("out"), arguments.get("x", arguments.get("mixed_qkv"))
+        in_place = (Op.CONV1D_UPDATE, Op.CONV1D_VERIFY, Op.GATED_RMS_NORM)
+        if out is not None:
+            self.writable("out", out)
+            if first is not None and op not in in_place and out.data_ptr() == first.data_ptr() != 0:
+                raise InputError("out shares memory with the input, needs memory of its own")
+        return sizes.get("T", 0)
+
+    def sizes(self) -> dict[str, int]:
+        """Return the size behind each letter."""
+        spec = self.spec
+        return {
+            "D": spec.conv_dim,
+            "W": spec.conv_width,
+            "H": spec.num_k_heads,
+            "HV": spec.num_v_heads,
+            "K": spec.head_k_dim,
+            "V": spec.head_v_dim,
+        }
+
+    def tensor(
+        self,
+        name: str,
+        value: object,
+        letters: str,
+        sizes: Mapping[str, int],
+        dtypes: Sequence[torch.dtype],
+    ) -> None:
+        """Check a tensor against its letters."""
+        if not isinstance(value, Tensor):
+            raise InputError(f"{name} is a {type(value).__name__}, needs a tensor")
+        needed = tuple(sizes.get(letter, "any") for letter in letters.split())
+        matches = len(needed) == value.dim() and all(
+            want in ("any", got) for want, got in zip(needed, value.shape, strict=True)
+        )
+        if not matches:
+            raise InputError(
+                f"{name} has shape {shape_text(value.shape)}, needs {shape_text(needed)} "
+                f"[{letters.replace(' ', ', ')}]"
+            )
+        self.dtype_and_device(name, value, dtypes)
+
+    def dtype_and_device(self, name: str, value: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+        """Check where and of what a tensor is."""
+        if value.dtype not in dtypes:
+            needed = " or ".join(str(dtype) for dtype in dtypes)
+            raise InputError(f"{name} has dtype {value.dtype}, needs {needed}")
+        needed_on = torch_device(self.device)
+        anywhere = needed_on.index is None and value.device.type == needed_on.type
+        if not anywhere and value.device != needed_on:
+            raise InputError(f"{name} is on {value.device}, needs {self.device}")
+
+    def dense(self, name: str, value: Tensor) -> None:
+        """Check that the vectors of heads are contiguous."""
+        if value.shape[-1] > 1 and value.numel() and value.stride(-1) != 1:
+            raise InputError(
+                f"{name} has strides {value.stride()}, needs 1 at the end: the vector of a head "
+                "is contiguous"
+            )
+
+    def writable(self, name: str, value: Tensor) -> None:
+        """Check that no two elements share memory by a zero stride."""
+        if any(s == 0 and n > 1 for n, s in zip(value.shape, value.stride(), strict=True)):
+            raise InputError(f"{name} has strides {value.stride()}, needs memory for each element")
+
+    def params(self, params: GdnParams, gate: Tensor | None) -> None:
+        """Check a layer's parameters."""
+        sizes = self.sizes()
+        named = (
+            ("conv_weight", "D W"),
+            ("conv_bias", "D"),
+            ("A_log", "HV"),
+            ("dt_bias", "HV"),
+            ("norm_weight", "V"),
+        )
+        for name, letters in named:
+            value = getattr(params, name)
+            if value is not None or name in ("conv_weight", "A_log", "dt_bias"):
+                self.tensor(f"params.{name}", value, letters, sizes, FLOATS)
+        if gate is not None and params.norm_weight is None:
+            raise InputError("gate is given and params.norm_weight is None, needs both or neither")
+
+    def pools(self, conv_state: Tensor | None, state: Tensor | None) -> int:
+        """Check the pools that are given; return how many slots they have."""
+        slots = []
+        if conv_state is not None:
+            shape = conv_slot_shape(self.spec, self.spec.conv_state_len)
+            time_axis = -1 if self.spec.conv_layout is ConvLayout.DIM_FIRST else -2
+            self.pool("conv_state", conv_state, shape, self.spec.conv_state_dtype, time_axis)
+            slots.append(len(conv_state))
+        if state is not None:
+            self.state("state", state, self.spec.state_dtype)
+            slots.append(len(state))
+        return min(slots, default=0)
+
+    def state(self, name: str, value: object, dtype: torch.dtype) -> None:
+        """Check a pool of recurrent states."""
+        pool = self.pool(name, value, state_slot_shape(self.spec), dtype, None)
+        if pool.shape[-1] > 1 and pool.stride(-1) != 1:
+            last = "K" if self.spec.state_layout is StateLayout.VK else "V"
+            raise InputError(
+                f"{name} has strides {pool.stride()}, needs {last} contiguous: declare the layout "
+                "in the spec"
+            )
+
+    def pool(
+        self,
+        name: str,
+        value: object,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        growing_axis: int | None,
+    ) -> Tensor:
+        """Check a pool whose slots have ``shape``, one axis of which may be longer."""
+        if not isinstance(value, Tensor):
+            raise InputError(f"{name} is a {type(value).__name__}, needs a tensor")
+        got = list(value.shape[1:])
+        if growing_axis is not None and len(got) == len(shape):
+            got[growing_axis] = min(got[growing_axis], shape[growing_axis])
+        if value.dim() != len(shape) + 1 or tuple(got) != shape:
+            layouts = f"{self.spec.conv_layout.value} and {self.spec.state_layout.value}"
+            raise InputError(
+                f"{name} has shape {shape_text(value.shape)}, needs "
+                f"{shape_text(('slots', *shape))} in the layouts {layouts}"
+            )
+        self.dtype_and_device(name, value, (dtype,))
+        self.writable(name, value)
+        return value
+
+    def indices(self, name: str, value: object, count: int) -> list[int]:
+        """Return the first ``count`` entries of an index tensor."""
+        if not isinstance(value, Tensor) or value.dim() != 1 or len(value) < count:
+            got = shape_text(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"{name} is {got}, needs one axis of at least {count}")
+        self.dtype_and_device(name, value, INTEGERS)
+        entries: list[int] = value[:count].tolist()
+        return entries
+
+    def slots(self, name: str, value: object, count: int, num_slots: int) -> list[int]:
+        """Return the first ``count`` slots of an index tensor."""
+        entries = self.indices(name, value, count)
+        pad = self.spec.pad_slot
+        for i, slot in enumerate(entries):
+            if slot >= num_slots:
+                raise InputError(
+                    f"{name}[{i}] is {slot}, needs a slot below {num_slots}, or {pad} or less "
+                    "for padding"
+                )
+        return entries
+
+    def targets(self, value: object, source: list[int], num_slots: int) -> list[int]:
+        """Return the slots written."""
+        if value is None:
+            return source
+        return self.slots("out_state_indices", value, len(source), num_slots)
+
+    def live(self, slots: Sequence[int]) -> list[bool]:
+        """Return which slots are not padding."""
+        return [slot > self.spec.pad_slot for slot in slots]
+
+    def exclusive(self, live: Sequence[bool], source: Sequence[int], target: Sequence[int]) -> None:
+        """Refuse two rows that write one slot, and a row that reads what another writes."""
+        writer: dict[int, int] = {}
+        for i, slot in enumerate(target):
+            if live[i] and slot > self.spec.pad_slot and writer.setdefault(slot, i) != i:
+                raise InputError(
+                    f"rows {writer[slot]} and {i} both write slot {slot}, needs one writer a slot"
+                )
+        for i, slot in enumerate(source):
+            if live[i] and writer.get(slot, i) != i:
+                raise InputError(
+                    f"row {i} reads slot {slot}, which row {writer[slot]} writes: needs "
+                    "separate slots"
+                )
+
+    def lengths(self, cu_seqlens: object, rows: int | None) -> list[int]:
+        """Return the lengths of packed sequences."""
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
+            raise InputError("cu_seqlens needs a tensor of one axis, one longer than the batch")
+        offsets = self.indices("cu_seqlens", cu_seqlens, len(cu_seqlens))
+        lengths = [end - start for start, end in pairwise(offsets)]
+        if offsets[0] != 0 or min(lengths, default=0) < 0:
+            raise InputError(f"cu_seqlens is {offsets}, needs 0 first and no step back")
+        if rows is not None and offsets[-1] > rows:
+            raise InputError(f"cu_seqlens ends at {offsets[-1]}, needs at most the {rows} rows")
+        return lengths
+
+
+def shape_text(sizes: Sequence[object]) -> str:
+    """Write sizes as a tuple."""
+    return f"({', '.join(str(size) for size in sizes)})"

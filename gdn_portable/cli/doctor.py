@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``doctor``: what is here, and which kernel serves each op of a layer, or why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gdn_portable import __version__
+from gdn_portable.cli.options import Dtype, imagined_device, present_device
+from gdn_portable.errors import InputError
+from gdn_portable.select import (
+    Choice,
+    backend_names,
+    default_backend,
+    detect_device,
+    explain,
+)
+from gdn_portable.spec import Device, GdnSpec
+
+DISTRIBUTIONS = ("triton", "flashinfer-python", "nvidia-cutlass-dsl", "amd-aiter", "aiter")
+
+
+def doctor(
+    device: Annotated[
+        str | None, typer.Option(help="Where: cpu, cuda, cuda:1. Default: a GPU if one is here.")
+    ] = None,
+    arch: Annotated[
+        str | None, typer.Option(help="Explain for an architecture that is not here: gfx942.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A Hugging Face config.json; default: Qwen3-Next's layer.")
+    ] = None,
+    tp_size: Annotated[int, typer.Option(help="Ranks that share the heads.")] = 1,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the activations.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the device, versions, and every kernel of every op with the reason for or against."""
+    if device is not None and arch is not None:
+        raise InputError("--device and --arch are both given, needs one")
+    facts = imagined_device(arch) if arch else detect_device(_device(device))
+    spec = _spec(config, tp_size, dtype)
+    names = sorted(backend_names(), key=lambda name: name != default_backend(facts))
+    tables = {name: explain(spec, facts, backend=name) for name in names}
+    versions = _versions()
+    if as_json:
+        print(json.dumps(_document(facts, spec, versions, tables), indent=2))
+        return
+    console = Console()
+    console.print(_facts_table(facts, spec, versions))
+    for name, choices in tables.items():
+        title = f"backend {name}" + (" (default here)" if name == default_backend(facts) else "")
+        console.print(_kernel_table(title, choices))
+
+
+def _device(name: str | None) -> torch.device:
+    return present_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _spec(config: Path | None, tp_size: int, dtype: Dtype | None) -> GdnSpec:
+    chosen = dtype.torch if dtype else None
+    if config is None:
+        return GdnSpec(
+            num_k_heads=16,
+            num_v_heads=32,
+            head_k_dim=128,
+            head_v_dim=128,
+            dtype=chosen or torch.bfloat16,
+            state_dtype=torch.float32,
+        ).shard(tp_size)
+    try:
+        fields = json.loads(config.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"config {config} cannot be read: {error}") from error
+    return GdnSpec.from_config(fields, tp_size, dtype=chosen)
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {
+        "gdn-portable": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "CUDA runtime": torch.version.cuda,
+        "ROCm runtime": torch.version.hip,
+    }
+    return found | {name: _version(name) for name in DISTRIBUTIONS}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _document(
+    device: Device,
+    spec: GdnSpec,
+    versions: dict[str, str | None],
+    tables: dict[str, tuple[Choice, ...]],
+) -> dict[str, object]:
+    return {
+        "device": {"kind": device.kind, "arch": device.arch, "index": device.index},
+        "spec": {name: _plain(getattr(spec, name)) for name in spec.__dataclass_fields__},
+        "versions": versions,
+        "default_backend": default_backend(device),
+        "backends": {
+            name: [
+                {
+                    "op": choice.op.value,
+                    "kernel": choice.kernel,
+                    "chosen": choice.chosen,
+                    "reasons": list(choice.reasons),
+                }
+                for choice in choices
+            ]
+            for name, choices in tables.items()
+        },
+    }
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, torch.dtype) else value
+
+
+def _facts_table(device: Device, spec: GdnSpec, versions: dict[str, str | None]) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_row("device", str(device))
+    table.add_row(
+        "layer",
+        f"H={spec.num_k_heads} HV={spec.num_v_heads} K={spec.head_k_dim} V={spec.head_v_dim} "
+        f"W={spec.conv_width}, {_short(spec.dtype)} activations, {_short(spec.state_dtype)} state, "
+        f"layouts {spec.conv_layout.value} and {spec.state_layout.value}",
+    )
+    for name, version in versions.items():
+        table.add_row(name, version or "not installed")
+    return table
+
+
+def _kernel_table(title: str, choices: tuple[Choice, ...]) -> Table:
+    table = Table("op", "kernel", "", "reasons against it", title=title, title_justify="left")
+    for choice in choices:
+        mark = "serves" if choice.chosen else "cannot" if choice.reasons else "able, not first"
+        table.add_row(choice.op.value, choice.kernel, mark, "\n".join(choice.reasons))
+    return table
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

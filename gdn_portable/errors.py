@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every exception the library raises on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class GdnError(Exception):
+    """Base class, so that an engine can catch all of them at once."""
+
+
+class SpecError(GdnError, ValueError):
+    """A layer description contradicts itself, or a model config does not describe one."""
+
+
+class InputError(GdnError, ValueError):
+    """An argument of an op has the wrong shape, dtype, stride, device or value."""
+
+
+class UnknownBackendError(GdnError, LookupError):
+    """No backend or kernel has the requested name."""
+
+
+class UnsupportedError(GdnError, NotImplementedError):
+    """No kernel can serve an op for this layer on this device.
+
+    ``rejected`` maps the name of each kernel that was considered to the reasons against it.
+    """
+
+    def __init__(self, message: str, rejected: Mapping[str, list[str]]) -> None:
+        """Keep ``rejected`` for callers that want more than the message."""
+        super().__init__(message)
+        self.rejected = dict(rejected)
+
+
+class ModelFileError(GdnError, ValueError):
+    """A file of weights is missing, damaged, or belongs to another model."""

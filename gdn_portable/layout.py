@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layout adapters: a kernel's layout seen through transposed views of the engine's pools.
+
+An adapter copies nothing, so in place stays in place, and there is none where the layouts agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from gdn_portable.backend import Kernel, Launcher
+from gdn_portable.metadata import SnapshotDrafts
+from gdn_portable.spec import GdnSpec, Op
+from gdn_portable.state import StatePool
+
+# the arguments of each op that hold states, with their position where they have one
+STATE_ARGUMENTS: Mapping[Op, Mapping[str, int | None]] = {
+    Op.CONV1D_PREFILL: {"conv_state": 3},
+    Op.CONV1D_UPDATE: {"conv_state": 3},
+    Op.CONV1D_VERIFY: {"conv_state": 3, "drafts": None},
+    Op.CHUNK_PREFILL: {"state": 5, "checkpoint_state": None},
+    Op.RECURRENT_DECODE: {"state": 7},
+    Op.MTP_VERIFY: {"state": 7, "drafts": None},
+    Op.MTP_COMMIT: {"pool": 0, "drafts": 1},
+    Op.PREFILL_STEP: {"pool": 4, "checkpoint_state": None},
+    Op.DECODE_STEP: {"pool": 4},
+    Op.VERIFY_STEP: {"pool": 4, "drafts": None},
+}
+
+
+def adapt(launch: Launcher, kernel: Kernel, spec: GdnSpec) -> Launcher:
+    """Return ``launch`` taking states in the layouts of ``spec``."""
+    turns_state = _differ(spec.state_layout, kernel.state_layouts)
+    turns_conv = _differ(spec.conv_layout, kernel.conv_layouts)
+    turned = {
+        name: position
+        for name, position in STATE_ARGUMENTS.get(kernel.op, {}).items()
+        if (turns_conv and name != "state" and name != "checkpoint_state")
+        or (turns_state and name != "conv_state")
+    }
+    if not turned:
+        return launch
+
+    def turn(name: str, value: Any) -> Any:
+        if isinstance(value, (StatePool, SnapshotDrafts)):
+            return type(value)(
+                _swapped(value.conv_state, turns_conv), _swapped(value.state, turns_state)
+            )
+        return value.transpose(-1, -2) if isinstance(value, Tensor) else value
+
+    def launch_on_views(*args: Any, **kwargs: Any) -> Any:
+        values = list(args)
+        for name, position in turned.items():
+            if position is not None and position < len(values):
+                values[position] = turn(name, values[position])
+            elif name in kwargs:
+                kwargs[name] = turn(name, kwargs[name])
+        return launch(*values, **kwargs)
+
+    return launch_on_views
+
+
+def _differ(engine: object, kernel: Collection[object] | None) -> bool:
+    return kernel is not None and engine not in kernel
+
+
+def _swapped(pool: Tensor | None, turns: bool) -> Tensor | None:
+    return pool.transpose(-1, -2) if pool is not None and turns else pool

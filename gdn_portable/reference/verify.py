@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speculative drafts: chains and trees under the three protocols, and their commit."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gdn_portable.errors import InputError
+from gdn_portable.metadata import (
+    DraftProtocol,
+    Drafts,
+    ReplayDrafts,
+    SnapshotDrafts,
+    VerifyMetadata,
+    draft_protocol,
+)
+from gdn_portable.reference.conv1d import convolve, inputs_at
+from gdn_portable.reference.math import gating, normalise, read_out, update
+from gdn_portable.reference.slots import (
+    Packed,
+    dim_first,
+    finish,
+    like,
+    most,
+    pack,
+    read,
+    vk,
+    write,
+)
+from gdn_portable.spec import GdnSpec
+from gdn_portable.state import StatePool
+
+
+class _Batch(NamedTuple):
+    """A verify batch: its tokens, its slots, and how its drafts hang together."""
+
+    protocol: DraftProtocol
+    slots: Tensor  # [B] slot that a sequence's window or state is read from
+    packed: Packed
+    drafted: Tensor  # [B, P] which drafts there are
+    accepted: Tensor  # [B] drafts of the step before that count
+    parents: Tensor | None  # [B, P]; None is a chain
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Return packed rows [T, ...] as [B, P, ...], zeros where there is no draft."""
+        if len(x) == 0:
+            return x.new_zeros(*self.drafted.shape, *x.shape[1:])
+        step = torch.arange(self.drafted.shape[1], device=x.device)
+        rows = x[torch.where(self.drafted, self.packed.starts[:, None] + step, 0)]
+        return torch.where(like(self.drafted, rows), rows, 0)
+
+
+def _verify_batch(
+    spec: GdnSpec,
+    metadata: VerifyMetadata,
+    drafts: Drafts | None,
+    num_tokens: int,
+    *,
+    column: int | None,
+) -> _Batch:
+    """Read the metadata; ``column`` of a slot table is read, None where the accepted states are."""
+    protocol, P = draft_protocol(metadata, drafts), metadata.max_drafts
+    slots, cu_seqlens = metadata.state_indices, metadata.cu_seqlens
+    if cu_seqlens is None:
+        if num_tokens % P:
+            raise InputError(
+                f"{num_tokens} draft tokens without cu_seqlens, needs a multiple of "
+                f"max_drafts ({P})"
+            )
+        cu_seqlens = torch.arange(0, num_tokens + 1, P, device=slots.device)
+    B = len(cu_seqlens) - 1
+    slots = slots[:B].to(torch.int64)
+    accepted = torch.zeros(B, dtype=torch.int64, device=slots.device)
+    if metadata.num_accepted is not None:
+        accepted = metadata.num_accepted[:B].to(torch.int64)
+    if protocol is DraftProtocol.SLOT_TABLE:
+        last = (accepted - 1).clamp(0, slots.shape[1] - 1)
+        slots = slots.gather(1, last[:, None])[:, 0] if column is None else slots[:, column]
+    packed = pack(cu_seqlens, slots > spec.pad_slot, num_tokens)
+    step = torch.arange(P, device=slots.device)
+    drafted = packed.live[:, None] & (step < packed.lengths[:, None])
+    return _Batch(protocol, slots, packed, drafted, accepted, _parents(metadata, B))
+
+
+def conv1d_verify(
+    spec: GdnSpec,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_state: Tensor,
+    *,
+    metadata: VerifyMetadata,
+    drafts: Drafts | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Convolve packed drafts."""
+    batch = _verify_batch(spec, metadata, drafts, len(x), column=0)
+    packed, slots, live = batch.packed, batch.slots, batch.packed.live
+    if len(slots) == 0:
+        return finish(x, packed.owned, x.dtype, out)
+    pool, columns = dim_first(spec, conv_state), spec.conv_width - 1
+    window = _window_before(spec, batch, pool)
+    if isinstance(drafts, ReplayDrafts):
+        pending = _first(metadata.max_drafts, batch.accepted)
+        kept = read(drafts.conv_inputs, slots, live, spec.compute_dtype)
+        window = _replay_window(window, kept, pending)
+
+    inputs = partial(inputs_at, x, window, packed.starts, packed.sequence)
+    at, taps = packed.position, list[Tensor]()
+    for _ in range(spec.conv_width):
+        taps.insert(0, inputs(at))
+        at = _step_back(batch, at)
+    result = finish(convolve(spec, taps, weight, bias), packed.owned, x.dtype, None)
+
+    if isinstance(drafts, ReplayDrafts):
+        write(pool[..., :columns], slots, window, live & (batch.accepted > 0))
+        _keep_drafts(drafts.conv_inputs, slots, batch, batch.unpack(x))
+    elif isinstance(drafts, SnapshotDrafts):
+        windows = batch.unpack(torch.stack(taps[1:], dim=-1))  # [B, P, D, W-1]
+        kept = dim_first(spec, _given("drafts.conv_state", drafts.conv_state))
+        _keep_drafts(kept, _rows(metadata, len(slots)), batch, windows)
+    else:
+        _write_table_window(batch, pool, x, window)
+    return result if out is None else out.copy_(result)
+
+
+def _window_before(spec: GdnSpec, batch: _Batch, pool: Tensor) -> Tensor:
+    """Return the windows [B, D, W-1] in front of what is pending and drafted."""
+    columns, live = spec.conv_width - 1, batch.packed.live
+    if batch.protocol is not DraftProtocol.SLOT_TABLE:
+        return read(pool[..., :columns], batch.slots, live, spec.compute_dtype)
+    wide = read(pool, batch.slots, live, spec.compute_dtype)
+    offset = (batch.accepted - 1).clamp(0, wide.shape[-1] - columns)
+    column = offset[:, None, None] + torch.arange(columns, device=offset.device)
+    return wide.gather(-1, column.expand(*wide.shape[:-1], columns))
+
+
+def _write_table_window(batch: _Batch, pool: Tensor, x: Tensor, window: Tensor) -> None:
+    """Store the inputs after the first of each window, drafts included, from column 0 on."""
+    packed = batch.packed
+    sequences = torch.arange(len(batch.slots), device=x.device)
+    for column in range(pool.shape[-1]):
+        position = torch.full_like(sequences, column + 1 - window.shape[-1])
+        keep = packed.live & (packed.lengths > 0) & (position < packed.lengths)
+        rows = inputs_at(x, window, packed.starts, sequences, position)
+        write(pool[..., column], batch.slots, rows, keep)
+
+
+def _step_back(batch: _Batch, position: Tensor) -> Tensor:
+    """Return the parent of each draft; the window lies before the root, at -1, -2, ..."""
+    if batch.parents is None:
+        return position - 1
+    inside = position.clamp(0, batch.parents.shape[1] - 1)
+    return torch.where(position > 0, batch.parents[batch.packed.sequence, inside], position - 1)
+
+
+def mtp_verify(
+    spec: GdnSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    *,
+    metadata: VerifyMetadata,
+    drafts: Drafts | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Run packed drafts."""
+    batch = _verify_batch(spec, metadata, drafts, len(v), column=None)
+    slots, live = batch.slots, batch.packed.live
+    if len(slots) == 0:
+        return finish(v, batch.packed.owned, v.dtype, out)
+    pool = vk(spec, state)
+    g, beta = gating(spec, a, b, A_log, dt_bias)
+    S = read(pool, slots, live, spec.compute_dtype)
+    if isinstance(drafts, ReplayDrafts):
+        S = _replay_state(spec, S, drafts, slots, live, _first(metadata.max_drafts, batch.accepted))
+        write(pool, slots, S, live & (batch.accepted > 0))
+        for kept, x in ((drafts.k, k), (drafts.v, v), (drafts.g, g), (drafts.beta, beta)):
+            _keep_drafts(kept, slots, batch, batch.unpack(x))
+
+    states, outputs = _run_drafts(spec, batch, S, q, k, v, g, beta)
+    if isinstance(drafts, SnapshotDrafts):
+        kept = vk(spec, _given("drafts.state", drafts.state))
+        for t, after in enumerate(states):
+            write(kept[:, t], _rows(metadata, len(slots)), after, batch.drafted[:, t])
+    elif drafts is None:
+        for t, after in enumerate(states):
+            target = metadata.state_indices[: len(slots), t].to(torch.int64)
+            write(pool, target, after, batch.drafted[:, t] & (target > spec.pad_slot))
+    return finish(outputs, batch.packed.owned, v.dtype, out)
+
+
+def _run_drafts(
+    spec: GdnSpec,
+    batch: _Batch,
+    root: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+) -> tuple[list[Tensor], Tensor]:
+    """Return the states [B, HV, V, K] after each draft, and packed outputs [T, HV, V]."""
+    q, k = normalise(spec, q, k)
+    q, k, v, g, beta = (batch.unpack(x) for x in (q, k, v.to(spec.compute_dtype), g, beta))
+    sequences = torch.arange(len(root), device=root.device)
+    S, states, outputs = root, list[Tensor](), list[Tensor]()
+    for t in range(most(batch.packed.lengths, batch.drafted.shape[1])):
+        if t > 0 and batch.parents is not None:
+            S = torch.stack(states, dim=1)[sequences, batch.parents[:, t].clamp(max=t - 1)]
+        S = update(S, k[:, t], v[:, t], g[:, t], beta[:, t])
+        states.append(S)
+        outputs.append(read_out(S, q[:, t]))
+    if not outputs:
+        return states, torch.zeros_like(v[:, 0])[batch.packed.sequence]
+    position = batch.packed.position.clamp(0, len(outputs) - 1)
+    return states, torch.stack(outputs, dim=1)[batch.packed.sequence, position]
+
+
+def mtp_commit(
+    spec: GdnSpec,
+    pool: StatePool,
+    drafts: Drafts,
+    *,
+    metadata: VerifyMetadata,
+    last_accepted: Tensor,
+    out_state_indices: Tensor | None = None,
+) -> None:
+    """Keep the accepted drafts."""
+    draft_protocol(metadata, drafts)
+    B = min(len(last_accepted), len(metadata.state_indices))
+    source = metadata.state_indices[:B].to(torch.int64)
+    target = source if out_state_indices is None else out_state_indices[:B].to(torch.int64)
+    last, live = last_accepted[:B].to(torch.int64), source > spec.pad_slot
+    keep = live & (target > spec.pad_slot)
+    states = None if pool.state is None else vk(spec, pool.state)
+    windows = None if pool.conv_state is None else dim_first(spec, pool.conv_state)
+    if windows is not None:
+        windows = windows[..., : spec.conv_width - 1]
+    if isinstance(drafts, ReplayDrafts):
+        path = _path(metadata, last)
+        if states is not None:
+            S = read(states, source, live, spec.compute_dtype)
+            S = _replay_state(spec, S, drafts, source, live, path)
+            write(states, target, S, keep)
+        if windows is not None:
+            window = read(windows, source, live, spec.compute_dtype)
+            kept = read(drafts.conv_inputs, source, live, spec.compute_dtype)
+            write(windows, target, _replay_window(window, kept, path), keep)
+        return
+    rows = torch.where(keep, _rows(metadata, B), 0)
+    if states is not None:
+        kept = vk(spec, _given("drafts.state", drafts.state))
+        for pool_state, kept_state in _layers(states, kept, axes=4):
+            _commit_snapshots(pool_state, kept_state, rows, last, source, target, keep)
+    if windows is not None:
+        kept = dim_first(spec, _given("drafts.conv_state", drafts.conv_state))
+        for pool_window, kept_window in _layers(windows, kept, axes=3):
+            _commit_snapshots(pool_window, kept_window, rows, last, source, target, keep)
+
+
+def _layers(pool: Tensor, kept: Tensor, *, axes: int) -> list[tuple[Tensor, Tensor]]:
+    """Pair a pool of ``axes`` axes with its snapshots, layer by layer where there is one more."""
+    return [(pool, kept)] if pool.dim() == axes else list(zip(pool, kept, strict=True))
+
+
+def _commit_snapshots(
+    pool: Tensor,
+    kept: Tensor,
+    rows: Tensor,
+    last: Tensor,
+    source: Tensor,
+    target: Tensor,
+    keep: Tensor,
+) -> None:
+    """Copy the snapshot after ``last``, or the slot's own state where there is none."""
+    own = pool[torch.where(keep, source, 0)]
+    after = kept[rows, last.clamp(min=0)].to(pool.dtype)
+    write(pool, target, torch.where(like(last >= 0, own), after, own), keep)
+
+
+def _path(metadata: VerifyMetadata, last: Tensor) -> Tensor:
+    """Return which drafts [B, P] lie between the root and ``last``, both included."""
+    P, parents = metadata.max_drafts, _parents(metadata, len(last))
+    draft = torch.arange(P, device=last.device)
+    if parents is None:
+        return draft <= last[:, None]
+    on_path, at = draft == last[:, None], last
+    for _ in range(P):
+        parent = parents.gather(1, at.clamp(0, P - 1)[:, None])[:, 0]
+        at = torch.where(at > 0, parent, -1)
+        on_path = on_path | (draft == at[:, None])
+    return on_path
+
+
+def _first(count: int, accepted: Tensor) -> Tensor:
+    """Return which of ``count`` drafts [B, P] are among the first ``accepted``."""
+    return torch.arange(count, device=accepted.device) < accepted[:, None]
+
+
+def _replay_window(window: Tensor, inputs: Tensor, applied: Tensor) -> Tensor:
+    """Return windows [B, D, W-1] after those of ``inputs`` [B, P, D] that are ``applied``."""
+    for t in range(_last(applied)):
+        shifted = torch.cat([window[..., 1:], inputs[:, t, :, None]], dim=-1)
+        window = torch.where(like(applied[:, t], window), shifted, window)
+    return window
+
+
+def _replay_state(
+    spec: GdnSpec, S: Tensor, drafts: ReplayDrafts, slots: Tensor, live: Tensor, applied: Tensor
+) -> Tensor:
+    """Return the states after those kept drafts that are ``applied`` [B, P]."""
+    k, v, g, beta = (
+        read(kept, slots, live, spec.compute_dtype)
+        for kept in (drafts.k, drafts.v, drafts.g, drafts.beta)
+    )
+    _, k = normalise(spec, k, k)
+    for t in range(_last(applied)):
+        updated = update(S, k[:, t], v[:, t], g[:, t], beta[:, t])
+        S = torch.where(like(applied[:, t], S), updated, S)
+    return S
+
+
+def _last(applied: Tensor) -> int:
+    """Return how many drafts to look at: up to the last that is applied anywhere."""
+    number = torch.arange(1, applied.shape[1] + 1, device=applied.device)
+    return most((applied * number).amax(1), applied.shape[1])
+
+
+def _keep_drafts(kept: Tensor, rows: Tensor, batch: _Batch, values: Tensor) -> None:
+    """Store values [B, P, ...] in rows of ``kept``, draft by draft: windows may overlap there."""
+    for t in range(most(batch.packed.lengths, values.shape[1])):
+        write(kept[:, t], rows, values[:, t], batch.drafted[:, t])
+
+
+def _rows(metadata: VerifyMetadata, batch: int) -> Tensor:
+    """Return the rows of the snapshots."""
+    if metadata.rows is None:
+        return torch.arange(batch, device=metadata.state_indices.device)
+    return metadata.rows[:batch].to(torch.int64)
+
+
+def _given(name: str, tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise InputError(f"{name} is None, needs a tensor")
+    return tensor
+
+
+def _parents(metadata: VerifyMetadata, batch: int) -> Tensor | None:
+    """Return [B, P] parents, filled from child and sibling links where those are given."""
+    P = metadata.max_drafts
+    if metadata.next_token is not None and metadata.next_sibling is not None:
+        parents = parents_from_links(
+            metadata.next_token[:batch, :P], metadata.next_sibling[:batch, :P]
+        )
+        if metadata.parents is None:
+            metadata.parents = parents
+        else:
+            metadata.parents[:batch, :P].copy_(parents)
+    if metadata.parents is None:
+        return None
+    return metadata.parents[:batch, :P].to(torch.int64).clamp(0, P - 1)
+
+
+def parents_from_links(next_token: Tensor, next_sibling: Tensor) -> Tensor:
+    """Return the parent of every draft of a tree given by first children and next siblings.
+
+    Args:
+        next_token: [B, P] first child, -1 for none.
+        next_sibling: [B, P] next child of the same parent, -1 for none.
+
+    Returns:
+        [B, P] parents, 0 for the root and for a draft that nothing links to.
+    """
+    P = next_token.shape[1]
+    draft = torch.arange(P, device=next_token.device).expand(next_token.shape)
+
+    def linked_from(links: Tensor) -> Tensor:
+        """Return which draft links to each, P for none."""
+        target = torch.where((links >= 0) & (links < P), links.to(torch.int64), P)
+        found = torch.full((len(links), P + 1), P, device=links.device)
+        return found.scatter(1, target, draft)[:, :P]
+
+    first_child_of, sibling_before = linked_from(next_token), linked_from(next_sibling)
+    # walk to the first sibling, twice as far each time
+    first = torch.where(sibling_before < P, sibling_before, draft)
+    for _ in range(P.bit_length()):
+        first = first.gather(1, first)
+    parents = first_child_of.gather(1, first)
+    return torch.where(parents < P, parents, 0).to(next_token.dtype)

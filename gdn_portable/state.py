@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two state pools of a layer, by slot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gdn_portable.errors import InputError
+from gdn_portable.metadata import conv_slot_shape, state_slot_shape
+from gdn_portable.spec import GdnSpec
+
+PAGE_ALIGNMENT = 256
+
+Slots = Sequence[int] | Tensor
+
+
+@dataclass(slots=True, eq=False)
+class StatePool:
+    """One layer's conv state and recurrent state; wraps an engine's own tensors as they are.
+
+    Attributes:
+        conv_state: [slots, D, L] or [slots, L, D], or None where only the recurrence is used.
+        state: [slots, HV, V, K] or [slots, HV, K, V], or None where only the conv is used.
+    """
+
+    conv_state: Tensor | None
+    state: Tensor | None
+
+    @classmethod
+    def allocate(
+        cls,
+        spec: GdnSpec,
+        num_slots: int,
+        device: torch.device | str,
+        *,
+        paged: bool = False,
+    ) -> StatePool:
+        """Allocate zeroed pools in the spec's layouts.
+
+        Args:
+            spec: the layer.
+            num_slots: how many sequences can be held.
+            device: where.
+            paged: put both states of a slot side by side in one page, as engines with a unified
+                cache do; both pools are then strided views of one allocation.
+        """
+        if num_slots < 1:
+            raise InputError(f"num_slots is {num_slots}, needs at least 1")
+        conv_shape = conv_slot_shape(spec, spec.conv_state_len)
+        state_shape = state_slot_shape(spec)
+        if not paged:
+            return cls(
+                torch.zeros(num_slots, *conv_shape, dtype=spec.conv_state_dtype, device=device),
+                torch.zeros(num_slots, *state_shape, dtype=spec.state_dtype, device=device),
+            )
+        conv_bytes = _aligned(math.prod(conv_shape) * spec.conv_state_dtype.itemsize)
+        page_bytes = conv_bytes + _aligned(math.prod(state_shape) * spec.state_dtype.itemsize)
+        pages = torch.zeros(num_slots, page_bytes, dtype=torch.uint8, device=device)
+        return cls(
+            _slice(pages, 0, conv_shape, spec.conv_state_dtype),
+            _slice(pages, conv_bytes, state_shape, spec.state_dtype),
+        )
+
+    @property
+    def num_slots(self) -> int:
+        """How many slots both pools have."""
+        return min(len(pool) for pool in self._pools())
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Bytes that one sequence's states take, padding between slots not counted."""
+        return sum(pool[0].numel() * pool.element_size() for pool in self._pools())
+
+    def reset(self, slots: Slots) -> None:
+        """Zero the states of ``slots``; the others are not touched."""
+        index = self._index("slots", slots)
+        for pool in self._pools():
+            pool[index] = 0
+
+    def copy(self, source: Slots, target: Slots) -> None:
+        """Copy the states of slot ``source[i]`` to slot ``target[i]``: forks and relocations.
+
+        All sources are read before any target is written, so slots may change places.
+        """
+        sources, targets = self._index("source", source), self._index("target", target)
+        if len(sources) != len(targets):
+            raise InputError(f"source has {len(sources)} slots, needs {len(targets)} like target")
+        if len(targets.unique()) != len(targets):
+            raise InputError(f"target is {targets.tolist()}, needs every slot once")
+        for pool in self._pools():
+            pool[targets] = pool[sources]
+
+    def _pools(self) -> list[Tensor]:
+        return [pool for pool in (self.conv_state, self.state) if pool is not None]
+
+    def _index(self, name: str, slots: Slots) -> Tensor:
+        index = torch.as_tensor(slots, dtype=torch.int64)
+        wrong = index[(index < 0) | (index >= self.num_slots)]
+        if wrong.numel():
+            raise InputError(
+                f"{name} names slot {wrong.tolist()[0]}, needs 0 to {self.num_slots - 1}"
+            )
+        return index.to(self._pools()[0].device)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
+
+
+def _slice(pages: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """View the bytes at ``offset`` of every page as a tensor of ``shape``."""
+    size = math.prod(shape)
+    flat = pages[:, offset : offset + size * dtype.itemsize].view(dtype)
+    view: Tensor = flat.unflatten(1, shape)
+    return view

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused steps, composed from the ops of a backend that does not fuse them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from gdn_portable.errors import InputError
+from gdn_portable.interface import (
+    ChunkPrefill,
+    Conv1dPrefill,
+    Conv1dUpdate,
+    Conv1dVerify,
+    GatedRmsNorm,
+    Gating,
+    MtpVerify,
+    RecurrentDecode,
+)
+from gdn_portable.metadata import Drafts, GdnParams, PrefillMetadata, VerifyMetadata
+from gdn_portable.spec import GdnSpec, Op
+from gdn_portable.state import StatePool
+
+
+def prefill_step(
+    mixed_qkv: Tensor,
+    a: Tensor,
+    b: Tensor,
+    params: GdnParams,
+    pool: StatePool,
+    *,
+    metadata: PrefillMetadata,
+    checkpoint_state: Tensor | None = None,
+    gate: Tensor | None = None,
+    out: Tensor | None = None,
+    spec: GdnSpec,
+    conv1d_prefill: Conv1dPrefill,
+    gating: Gating,
+    chunk_prefill: ChunkPrefill,
+    gated_rms_norm: GatedRmsNorm,
+) -> Tensor:
+    """Run a layer's prefill."""
+    conv_state, state = _both(pool)
+    weight = _norm_weight(params, gate)
+    mixed = conv1d_prefill(
+        mixed_qkv, params.conv_weight, params.conv_bias, conv_state, metadata=metadata
+    )
+    q, k, v = split_qkv(spec, mixed)
+    g, beta = gating(a, b, params.A_log, params.dt_bias)
+    o = chunk_prefill(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        state,
+        metadata=metadata,
+        checkpoint_state=checkpoint_state,
+        out=out if gate is None else None,
+    )
+    if gate is None or weight is None:
+        return o
+    return gated_rms_norm(o, gate, weight, eps=params.norm_eps, out=out)
+
+
+def decode_step(
+    mixed_qkv: Tensor,
+    a: Tensor,
+    b: Tensor,
+    params: GdnParams,
+    pool: StatePool,
+    *,
+    state_indices: Tensor,
+    out_state_indices: Tensor | None = None,
+    gate: Tensor | None = None,
+    out: Tensor | None = None,
+    spec: GdnSpec,
+    conv1d_update: Conv1dUpdate,
+    recurrent_decode: RecurrentDecode,
+    gated_rms_norm: GatedRmsNorm,
+) -> Tensor:
+    """Run a layer's decode."""
+    conv_state, state = _both(pool)
+    weight = _norm_weight(params, gate)
+    mixed = conv1d_update(
+        mixed_qkv,
+        params.conv_weight,
+        params.conv_bias,
+        conv_state,
+        state_indices=state_indices,
+        out_state_indices=out_state_indices,
+    )
+    o = recurrent_decode(
+        *split_qkv(spec, mixed),
+        a,
+        b,
+        params.A_log,
+        params.dt_bias,
+        state,
+        state_indices=state_indices,
+        out_state_indices=out_state_indices,
+        out=out if gate is None else None,
+    )
+    if gate is None or weight is None:
+        return o
+    return gated_rms_norm(o, gate, weight, eps=params.norm_eps, out=out)
+
+
+def verify_step(
+    mixed_qkv: Tensor,
+    a: Tensor,
+    b: Tensor,
+    params: GdnParams,
+    pool: StatePool,
+    *,
+    metadata: VerifyMetadata,
+    drafts: Drafts | None = None,
+    gate: Tensor | None = None,
+    out: Tensor | None = None,
+    spec: GdnSpec,
+    conv1d_verify: Conv1dVerify,
+    mtp_verify: MtpVerify,
+    gated_rms_norm: GatedRmsNorm,
+) -> Tensor:
+    """Run a layer's verification of drafts."""
+    conv_state, state = _both(pool)
+    weight = _norm_weight(params, gate)
+    mixed = conv1d_verify(
+        mixed_qkv,
+        params.conv_weight,
+        params.conv_bias,
+        conv_state,
+        metadata=metadata,
+        drafts=drafts,
+    )
+    o = mtp_verify(
+        *split_qkv(spec, mixed),
+        a,
+        b,
+        params.A_log,
+        params.dt_bias,
+        state,
+        metadata=metadata,
+        drafts=drafts,
+        out=out if gate is None else None,
+    )
+    if gate is None or weight is None:
+        return o
+    return gated_rms_norm(o, gate, weight, eps=params.norm_eps, out=out)
+
+
+COMPOSED: Mapping[Op, tuple[Callable[..., Tensor], tuple[Op, ...]]] = {
+    Op.PREFILL_STEP: (
+        prefill_step,
+        (Op.CONV1D_PREFILL, Op.GATING, Op.CHUNK_PREFILL, Op.GATED_RMS_NORM),
+    ),
+    Op.DECODE_STEP: (decode_step, (Op.CONV1D_UPDATE, Op.RECURRENT_DECODE, Op.GATED_RMS_NORM)),
+    Op.VERIFY_STEP: (verify_step, (Op.CONV1D_VERIFY, Op.MTP_VERIFY, Op.GATED_RMS_NORM)),
+}
+
+
+def compose(op: Op, spec: GdnSpec, launchers: Mapping[Op, Callable[..., Any]]) -> Any:
+    """Return the step ``op`` made of ``launchers``."""
+    step, parts = COMPOSED[op]
+    return partial(step, spec=spec, **{part.value: launchers[part] for part in parts})
+
+
+def split_qkv(spec: GdnSpec, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """View the conv's output [T, D] as q [T, H, K], k [T, H, K] and v [T, HV, V]."""
+    q, k, v = mixed.split(spec.conv_groups, dim=-1)
+    heads = (spec.num_k_heads, spec.head_k_dim)
+    values = (spec.num_v_heads, spec.head_v_dim)
+    return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, values)
+
+
+def _both(pool: StatePool) -> tuple[Tensor, Tensor]:
+    if pool.conv_state is None or pool.state is None:
+        missing = "conv_state" if pool.conv_state is None else "state"
+        raise InputError(f"pool.{missing} is None, needs both pools")
+    return pool.conv_state, pool.state
+
+
+def _norm_weight(params: GdnParams, gate: Tensor | None) -> Tensor | None:
+    if gate is not None and params.norm_weight is None:
+        raise InputError("gate is given and params.norm_weight is None, needs both or neither")
+    return params.norm_weight
