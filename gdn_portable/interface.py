@@ -18,6 +18,7 @@ The rules of every op:
 * Zero-length sequences and empty batches are legal.
 * ``out`` is written and returned; None allocates it in the activations' dtype.
 * No op synchronises with the host.
+* Float32 below is float64 where the spec's ``dtype`` or ``state_dtype`` is.
 
 Letters: B sequences of a decode or verify batch, N of a packed batch, T packed tokens, H q/k
 heads, HV value heads, K and V head dims, D = 2 * H * K + HV * V conv channels laid out
@@ -479,7 +480,7 @@ class Warmup(Protocol):
         """Run every op once per size on private memory; after it they are safe to capture.
 
         Args:
-            batch_sizes: sequences of a decode or verify batch; 0 drafts skip verify.
+            batch_sizes: sequences of a decode or verify batch.
             prefill_tokens: packed tokens of a prefill.
             max_drafts: P of a verify, the root included; 0 for engines that never verify.
             progress: told what is about to run.

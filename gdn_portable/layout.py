@@ -31,17 +31,16 @@ STATE_ARGUMENTS: Mapping[Op, Mapping[str, int | None]] = {
 }
 
 
+CONV_OPS = (Op.CONV1D_PREFILL, Op.CONV1D_UPDATE, Op.CONV1D_VERIFY)
+RULE_OPS = (Op.CHUNK_PREFILL, Op.RECURRENT_DECODE, Op.MTP_VERIFY)
+
+
 def adapt(launch: Launcher, kernel: Kernel, spec: GdnSpec) -> Launcher:
     """Return ``launch`` taking states in the layouts of ``spec``."""
-    turns_state = _differ(spec.state_layout, kernel.state_layouts)
-    turns_conv = _differ(spec.conv_layout, kernel.conv_layouts)
-    turned = {
-        name: position
-        for name, position in STATE_ARGUMENTS.get(kernel.op, {}).items()
-        if (turns_conv and name != "state" and name != "checkpoint_state")
-        or (turns_state and name != "conv_state")
-    }
-    if not turned:
+    arguments = STATE_ARGUMENTS.get(kernel.op, {})
+    turns_state = kernel.op not in CONV_OPS and _differ(spec.state_layout, kernel.state_layouts)
+    turns_conv = kernel.op not in RULE_OPS and _differ(spec.conv_layout, kernel.conv_layouts)
+    if not arguments or not (turns_state or turns_conv):
         return launch
 
     def turn(name: str, value: Any) -> Any:
@@ -49,11 +48,12 @@ def adapt(launch: Launcher, kernel: Kernel, spec: GdnSpec) -> Launcher:
             return type(value)(
                 _swapped(value.conv_state, turns_conv), _swapped(value.state, turns_state)
             )
-        return value.transpose(-1, -2) if isinstance(value, Tensor) else value
+        turns = turns_conv if name == "conv_state" else turns_state
+        return _swapped(value, turns) if isinstance(value, Tensor) else value
 
     def launch_on_views(*args: Any, **kwargs: Any) -> Any:
         values = list(args)
-        for name, position in turned.items():
+        for name, position in arguments.items():
             if position is not None and position < len(values):
                 values[position] = turn(name, values[position])
             elif name in kwargs:

@@ -218,6 +218,13 @@ def draft_protocol(metadata: VerifyMetadata, drafts: Drafts | None) -> DraftProt
     return DraftProtocol.SLOT_TABLE
 
 
+def commit_batch(metadata: VerifyMetadata, last_accepted: Tensor) -> int:
+    """Return how many sequences a commit is for; index tensors may be longer."""
+    if metadata.cu_seqlens is not None:
+        return len(metadata.cu_seqlens) - 1
+    return min(len(last_accepted), len(metadata.state_indices))
+
+
 def conv_slot_shape(spec: GdnSpec, columns: int) -> tuple[int, int]:
     """Return the shape of ``columns`` columns of a conv window in the spec's layout."""
     if spec.conv_layout is ConvLayout.DIM_FIRST:

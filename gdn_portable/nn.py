@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
-from typing import Any
+from collections.abc import Callable, Mapping, MutableMapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ class GatedDeltaNet(nn.Module):
 
     Attributes:
         spec: the layer.
+        projections: rows of [qkv], z, b and a in ``in_proj``.
         in_proj: hidden -> [q | k | v | z | b | a], one product.
         conv1d: holds the weight [D, 1, W].
         A_log: [HV] float32.
@@ -52,7 +53,7 @@ class GatedDeltaNet(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(spec.num_v_heads, dtype=torch.float32))
         self.norm = nn.RMSNorm(spec.head_v_dim, eps=norm_eps, dtype=spec.dtype)
         self.out_proj = nn.Linear(value_dim, hidden_size, bias=False, dtype=spec.dtype)
-        self._widths = widths
+        self.projections = widths
         self.register_load_state_dict_pre_hook(_from_hugging_face)  # type: ignore[no-untyped-call]
         self.reset_decay()
 
@@ -137,7 +138,7 @@ class GatedDeltaNet(nn.Module):
         return self._output(o)
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mixed_qkv, z, b, a = self.in_proj(hidden).split(self._widths, dim=-1)
+        mixed_qkv, z, b, a = self.in_proj(hidden).split(self.projections, dim=-1)
         gate = z.unflatten(-1, (self.spec.num_v_heads, self.spec.head_v_dim))
         return mixed_qkv, gate, b, a
 
@@ -147,20 +148,35 @@ class GatedDeltaNet(nn.Module):
 
 
 def _from_hugging_face(
-    module: nn.Module, state_dict: MutableMapping[str, Tensor], prefix: str, *_: Any
+    module: nn.Module,
+    state_dict: MutableMapping[str, Tensor],
+    prefix: str,
+    local_metadata: Mapping[str, object],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
 ) -> None:
-    """Turn the projections of a Qwen3-Next or Qwen3.5 state dict into ``in_proj``."""
+    """Turn the projections of a Qwen3-Next or Qwen3.5 state dict into ``in_proj``.
+
+    Where a part is missing the keys stay as they are, for torch to report.
+    """
     assert isinstance(module, GatedDeltaNet)
-    key = f"{prefix}in_proj.weight"
-    if f"{prefix}in_proj_qkvz.weight" in state_dict:
-        qkvz = state_dict.pop(f"{prefix}in_proj_qkvz.weight")
-        ba = state_dict.pop(f"{prefix}in_proj_ba.weight")
-        state_dict[key] = _deinterleave(module.spec, qkvz, ba)
-    elif f"{prefix}in_proj_qkv.weight" in state_dict:
-        parts = [
-            state_dict.pop(f"{prefix}in_proj_{part}.weight") for part in ("qkv", "z", "b", "a")
+    D, value_dim, HV = module.projections[:3]
+    layouts: tuple[tuple[dict[str, int], Callable[..., Tensor]], ...] = (
+        ({"qkvz": D + value_dim, "ba": 2 * HV}, partial(_deinterleave, module.spec)),
+        ({"qkv": D, "z": value_dim, "b": HV, "a": HV}, lambda *parts: torch.cat(parts)),
+    )
+    for rows, join in layouts:
+        sizes = {f"{prefix}in_proj_{part}.weight": size for part, size in rows.items()}
+        if not all(key in state_dict for key in sizes):
+            continue
+        wrong = {key: len(state_dict[key]) for key in sizes if len(state_dict[key]) != sizes[key]}
+        error_msgs += [
+            f"size mismatch for {key}: {got} rows, needs {sizes[key]}" for key, got in wrong.items()
         ]
-        state_dict[key] = torch.cat(parts)
+        if not wrong:
+            state_dict[f"{prefix}in_proj.weight"] = join(*map(state_dict.pop, sizes))
 
 
 def _deinterleave(spec: GdnSpec, qkvz: Tensor, ba: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import difflib
 import importlib
 import importlib.metadata
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from gdn_portable import steps
-from gdn_portable.backend import Backend, Kernel
-from gdn_portable.errors import UnknownBackendError, UnsupportedError
+from gdn_portable.backend import Backend, Kernel, Launcher
+from gdn_portable.errors import InputError, UnknownBackendError, UnsupportedError
 from gdn_portable.interface import GdnOps
 from gdn_portable.layout import adapt
 from gdn_portable.spec import Device, GdnSpec, Op
+from gdn_portable.warmup import warmup
 
 BUILTIN = {"reference": "gdn_portable.reference:BACKEND"}
 DEFAULT_FOR = {"cpu": "reference", "cuda": "reference", "rocm": "reference"}
@@ -58,38 +59,23 @@ def bind(
         UnsupportedError: an op has no kernel that is able; every kernel's reasons are given.
     """
     facts = detect_device(device)
-    if backend is None and not kernels:
-        backend, kernels = _read_override(os.environ.get(OVERRIDE_VARIABLE, ""))
-    table = get_backend(backend or default_backend(facts))
-    named = {_op(op): _find_kernel(name, _op(op)) for op, name in (kernels or {}).items()}
-
-    launchers: dict[Op, Callable[..., Any]] = {}
+    launchers: dict[Op, Launcher] = {}
     names: dict[Op, str] = {}
-    for op in Op:
-        candidates = (named[op],) if op in named else _candidates(table, op)
-        if not candidates and op in steps.COMPOSED:
-            launchers[op] = steps.compose(op, spec, launchers)
-            names[op] = f"composed.{op.value}"
-            continue
-        kernel = _first_able(op, candidates, table, spec, facts)
-        launcher = kernel.load(spec, facts, deterministic=deterministic)
-        launchers[op] = adapt(launcher, kernel, spec)
-        names[op] = kernel.name
+    for op, ladder in _ladders(facts, backend, kernels).items():
+        if ladder or op not in steps.COMPOSED:
+            kernel = _first_able(op, ladder, spec, facts)
+            launcher = kernel.load(spec, facts, deterministic=deterministic)
+            launchers[op], names[op] = adapt(launcher, kernel, spec), kernel.name
+        else:
+            launchers[op], names[op] = steps.compose(op, spec, launchers), _composed(op)
 
-    bound = {op.value: launchers[op] for op in Op}
+    warm = partial(warmup, spec, facts, dict(launchers))
     if facts.kind == "cpu" if check is None else check:
         from gdn_portable.checks import checked
 
-        bound = {op.value: checked(op, launchers[op], spec, facts) for op in Op}
-    from gdn_portable.warmup import warmup
-
-    return GdnOps(
-        spec=spec,
-        device=facts,
-        kernels=names,
-        warmup=partial(warmup, spec, facts, launchers),
-        **bound,
-    )
+        launchers = {op: checked(op, launch, spec, facts) for op, launch in launchers.items()}
+    bound: dict[str, Any] = {op.value: launch for op, launch in launchers.items()}
+    return GdnOps(spec=spec, device=facts, kernels=names, warmup=warm, **bound)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,33 +88,66 @@ class Choice:
     reasons: tuple[str, ...]  # against it; empty when it is able
 
 
-def explain(spec: GdnSpec, device: AnyDevice, *, backend: str | None = None) -> tuple[Choice, ...]:
-    """Return every kernel of a backend's table in order, and why it would serve or not.
+def explain(
+    spec: GdnSpec,
+    device: AnyDevice,
+    *,
+    backend: str | None = None,
+    kernels: Mapping[Op | str, str] | None = None,
+) -> tuple[Choice, ...]:
+    """Return every kernel that ``bind`` would consider, in order, and what speaks against it.
 
     Args:
         spec: the layer.
-        device: a device, or a :class:`Device` that need not be present.
-        backend: its name; by default the one for the device's vendor.
+        device: a device, or a :class:`Device` that need not be here.
+        backend: as ``bind`` takes it.
+        kernels: as ``bind`` takes it.
+
+    Raises:
+        UnknownBackendError: a backend, op or kernel that was named does not exist.
     """
     facts = detect_device(device)
-    table = get_backend(backend or default_backend(facts))
     choices: list[Choice] = []
-    for op in Op:
+    for op, ladder in _ladders(facts, backend, kernels).items():
         taken = False
-        for kernel in _candidates(table, op):
+        for kernel in ladder:
             reasons = tuple(kernel.reasons(spec, facts))
             choices.append(Choice(op, kernel.name, not taken and not reasons, reasons))
             taken = taken or not reasons
-        if op in steps.COMPOSED and not _candidates(table, op):
-            choices.append(Choice(op, f"composed.{op.value}", True, ()))
+        if not ladder and op in steps.COMPOSED:
+            choices.append(Choice(op, _composed(op), True, ()))
     return tuple(choices)
+
+
+def _ladders(
+    device: Device, backend: str | None, kernels: Mapping[Op | str, str] | None
+) -> dict[Op, tuple[Kernel, ...]]:
+    """Return the kernels to consider for each op, in order, with overrides applied."""
+    if backend is None and not kernels:
+        backend, kernels = _read_override(os.environ.get(OVERRIDE_VARIABLE, ""))
+    table = get_backend(backend or default_backend(device))
+    ladders = {op: _kernels_of(table, op) for op in Op}
+    for name, kernel in (kernels or {}).items():
+        op = _op(name)
+        composed = op in steps.COMPOSED and kernel == _composed(op)
+        ladders[op] = () if composed else (_find_kernel(kernel, op),)
+    return ladders
+
+
+def _composed(op: Op) -> str:
+    return f"composed.{op.value}"
 
 
 def detect_device(device: AnyDevice) -> Device:
     """Return the facts about a device: NVIDIA and AMD are told apart, the architecture named."""
     if isinstance(device, Device):
         return device
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(
+            f"device is {device!r}, needs a torch device: cpu, cuda, cuda:1"
+        ) from error
     if device.type != "cuda":
         return Device(device.type, device.type, device.index)
     properties = torch.cuda.get_device_properties(device)
@@ -146,45 +165,46 @@ def get_backend(name: str) -> Backend:
     plugins = _plugins()
     if name not in plugins:
         raise _unknown("backend", name, {*BUILTIN, *plugins})
-    return plugins[name]
+    plugin: Backend = plugins[name].load()
+    return plugin
 
 
 def backend_names() -> tuple[str, ...]:
     """Return the names of all backends, built in and plugins."""
-    return tuple(BUILTIN) + tuple(name for name in _plugins() if name not in BUILTIN)
+    return tuple(dict.fromkeys((*BUILTIN, *_plugins())))
 
 
 def default_backend(device: Device) -> str:
     """Return the name of the backend for a device's vendor."""
     if device.kind in DEFAULT_FOR:
         return DEFAULT_FOR[device.kind]
-    for name, backend in _plugins().items():
-        if backend.devices is not None and device.kind in backend.devices:
+    for name in _plugins():
+        devices = get_backend(name).devices
+        if devices is not None and device.kind in devices:
             return name
     return "reference"
 
 
-def _plugins() -> dict[str, Backend]:
-    entries = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-    return {entry.name: entry.load() for entry in entries}
+def _plugins() -> dict[str, importlib.metadata.EntryPoint]:
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
 
 
-def _candidates(table: Backend, op: Op) -> tuple[Kernel, ...]:
+def _kernels_of(table: Backend, op: Op) -> tuple[Kernel, ...]:
     return tuple(kernel for kernel in table.kernels if kernel.op is op)
 
 
-def _first_able(
-    op: Op, candidates: tuple[Kernel, ...], table: Backend, spec: GdnSpec, device: Device
-) -> Kernel:
+def _first_able(op: Op, ladder: tuple[Kernel, ...], spec: GdnSpec, device: Device) -> Kernel:
     rejected: dict[str, list[str]] = {}
-    for kernel in candidates:
+    for kernel in ladder:
         reasons = kernel.reasons(spec, device)
         if not reasons:
             return kernel
         rejected[kernel.name] = reasons
-    lines = [f"backend {table.name!r} has no able {op.value} kernel on {device} for {spec}"]
+    lines = [f"no kernel can serve {op.value} on {device} for {spec}"]
     for name, reasons in rejected.items():
         lines += [f"  {name}:", *(f"    - {reason}" for reason in reasons)]
+    if not rejected:
+        lines += ["  the backend declares none"]
     raise UnsupportedError("\n".join(lines), rejected)
 
 
@@ -207,14 +227,19 @@ def _op(name: Op | str) -> Op:
 
 
 def _find_kernel(name: str, op: Op) -> Kernel:
-    known = {
-        kernel.name: kernel
-        for backend in backend_names()
-        for kernel in _candidates(get_backend(backend), op)
-    }
-    if name not in known:
-        raise _unknown(f"{op.value} kernel", name, set(known))
-    return known[name]
+    # plugins are looked up only for a name that no built-in backend has
+    found = _kernel_of(BUILTIN, op, name) or _kernel_of(_plugins(), op, name)
+    if found is None:
+        tables = map(get_backend, backend_names())
+        known = {kernel.name for table in tables for kernel in _kernels_of(table, op)}
+        raise _unknown(f"{op.value} kernel", name, known)
+    return found
+
+
+def _kernel_of(backends: Iterable[str], op: Op, name: str) -> Kernel | None:
+    tables = map(get_backend, backends)
+    named = (k for table in tables for k in _kernels_of(table, op) if k.name == name)
+    return next(named, None)
 
 
 def _unknown(what: str, name: str, known: set[str]) -> UnknownBackendError:

@@ -13,6 +13,16 @@ from gdn_portable.errors import SpecError
 
 ACTIVATIONS = ("silu", None)
 GATE_ACTIVATIONS = ("silu", "sigmoid")
+LEAST = {
+    "num_k_heads": 1,
+    "num_v_heads": 1,
+    "head_k_dim": 1,
+    "head_v_dim": 1,
+    "conv_width": 2,
+    "conv_window": 1,
+    "pad_slot": -1,
+    "scratch_slot": 0,
+}
 
 
 class Op(str, Enum):
@@ -116,17 +126,16 @@ class GdnSpec:
 
     def __post_init__(self) -> None:
         """Reject what no kernel could serve."""
-        for name in ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"):
+        for name, least in LEAST.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise SpecError(f"{name} is {value!r}, needs a positive integer")
+            optional = name in ("conv_window", "scratch_slot") and value is None
+            if not optional and (type(value) is not int or value < least):
+                raise SpecError(f"{name} is {value!r}, needs an integer of at least {least}")
         if self.num_v_heads % self.num_k_heads:
             raise SpecError(
                 f"num_v_heads is {self.num_v_heads}, needs a multiple of num_k_heads "
                 f"({self.num_k_heads})"
             )
-        if self.conv_width < 2:
-            raise SpecError(f"conv_width is {self.conv_width}, needs at least 2")
         if self.conv_state_len < self.conv_width - 1:
             raise SpecError(
                 f"conv_window is {self.conv_window}, needs at least conv_width - 1 "
@@ -141,10 +150,6 @@ class GdnSpec:
         # a layout may be named by its string; the rest of the library compares members
         object.__setattr__(self, "conv_layout", _member(ConvLayout, "conv_layout", self))
         object.__setattr__(self, "state_layout", _member(StateLayout, "state_layout", self))
-        if self.pad_slot < -1:
-            raise SpecError(f"pad_slot is {self.pad_slot}, needs -1 or more")
-        if self.scratch_slot is not None and self.scratch_slot < 0:
-            raise SpecError(f"scratch_slot is {self.scratch_slot}, needs 0 or more, or None")
 
     @property
     def conv_groups(self) -> tuple[int, int, int]:
@@ -261,5 +266,6 @@ def _required(config: dict[str, object], name: str) -> int:
 def _dtype(name: str, value: object) -> torch.dtype:
     dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
     if not isinstance(dtype, torch.dtype):
-        raise SpecError(f"config {name} is {value!r}, needs a torch dtype; pass dtype= to choose")
+        hint = "; pass dtype= to choose" if name == "dtype" else ""
+        raise SpecError(f"config {name} is {value!r}, needs the name of a torch dtype{hint}")
     return dtype

@@ -69,7 +69,7 @@ class StatePool:
     @property
     def num_slots(self) -> int:
         """How many slots both pools have."""
-        return min(len(pool) for pool in self._pools())
+        return min((len(pool) for pool in self._pools()), default=0)
 
     @property
     def bytes_per_slot(self) -> int:
@@ -96,16 +96,22 @@ class StatePool:
             pool[targets] = pool[sources]
 
     def _pools(self) -> list[Tensor]:
-        return [pool for pool in (self.conv_state, self.state) if pool is not None]
+        """Return the pools with the slots first: a layer axis may come before them."""
+        axes = ((self.conv_state, 3), (self.state, 4))
+        return [pool.movedim(pool.dim() - n, 0) for pool, n in axes if pool is not None]
 
     def _index(self, name: str, slots: Slots) -> Tensor:
-        index = torch.as_tensor(slots, dtype=torch.int64)
+        index = torch.as_tensor(slots)
+        if index.numel() and (index.dtype.is_floating_point or index.dtype == torch.bool):
+            raise InputError(f"{name} has dtype {index.dtype}, needs slot numbers")
+        index = index.to(torch.int64).flatten()
         wrong = index[(index < 0) | (index >= self.num_slots)]
         if wrong.numel():
             raise InputError(
                 f"{name} names slot {wrong.tolist()[0]}, needs 0 to {self.num_slots - 1}"
             )
-        return index.to(self._pools()[0].device)
+        pools = self._pools()
+        return index.to(pools[0].device) if pools else index
 
 
 def _aligned(size: int) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gdn_portable.interface import GdnOps
 from gdn_portable.metadata import (
+    Drafts,
     GdnParams,
     PrefillMetadata,
     ReplayDrafts,
@@ -229,7 +230,7 @@ class _Inputs:
         named = {"mixed_qkv": mixed, "a": a, "b": b, "params": params, "pool": pool}
         return {**named, "gate": z.unflatten(-1, (HV, V)) if gate else None, "out": out, **more}
 
-    def drafts(self, protocol: str) -> ReplayDrafts | SnapshotDrafts:
+    def drafts(self, protocol: str) -> Drafts:
         if protocol == "replay":
             return self.filled(ReplayDrafts.allocate(self.spec, SLOTS, MAX_DRAFTS, "cpu"))
         drafts = SnapshotDrafts.allocate(self.spec, 6, MAX_DRAFTS + 1, "cpu")
@@ -238,7 +239,7 @@ class _Inputs:
             tensor.fill_(torch.nan)
         return drafts
 
-    def filled(self, drafts: ReplayDrafts | SnapshotDrafts) -> Any:
+    def filled(self, drafts: Drafts) -> Drafts:
         """Return drafts like these that hold numbers, as a verify leaves them."""
         drafts = copy.deepcopy(drafts)
         for part in dataclasses.fields(drafts):
@@ -257,7 +258,7 @@ def _with_parts(name: str, op: Op, spec: GdnSpec, step: Arguments) -> Iterator[C
     """Yield a step, and the ops it is made of on the same inputs."""
     yield Case(name, op, spec, step)
     pool, params, out = step["pool"], step["params"], step["out"]
-    batch = {
+    batch: Arguments = {
         key: step[key]
         for key in ("metadata", "drafts", "state_indices", "out_state_indices")
         if key in step

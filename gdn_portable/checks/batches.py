@@ -18,6 +18,7 @@ from gdn_portable.metadata import (
     ReplayDrafts,
     SnapshotDrafts,
     VerifyMetadata,
+    commit_batch,
     conv_slot_shape,
     draft_protocol,
     state_slot_shape,
@@ -78,8 +79,10 @@ def _checkpoints(
     if checkpoint_state is not None:
         rules.state("checkpoint_state", checkpoint_state, rules.spec.compute_dtype)
         slots = len(checkpoint_state)
-    where = rules.slots("checkpoint_indices", metadata.checkpoint_indices, len(lengths), slots)
     wanted = [on and offset >= 0 for on, offset in zip(live, offsets, strict=True)]
+    where = rules.slots(
+        "checkpoint_indices", metadata.checkpoint_indices, len(lengths), slots, wanted
+    )
     for i, offset in enumerate(offsets):
         if wanted[i] and offset > lengths[i]:
             raise InputError(
@@ -289,7 +292,7 @@ def commit(
         pool[0] if layered and pool is not None else pool for pool in (conv_state, state)
     )
     slots = rules.pools(windows, states)
-    B = min(len(last), len(metadata.state_indices))
+    B = commit_batch(metadata, last)
     source = rules.slots("state_indices", metadata.state_indices, B, slots)
     target = rules.targets(arguments.get("out_state_indices"), source, slots)
     live = rules.live(source)

@@ -206,12 +206,19 @@ class Rules(NamedTuple):
         entries: list[int] = value[:count].tolist()
         return entries
 
-    def slots(self, name: str, value: object, count: int, num_slots: int) -> list[int]:
-        """Return the first ``count`` slots of an index tensor."""
+    def slots(
+        self,
+        name: str,
+        value: object,
+        count: int,
+        num_slots: int,
+        used: Sequence[bool] | None = None,
+    ) -> list[int]:
+        """Return the first ``count`` slots of an index tensor; those not ``used`` may be any."""
         entries = self.indices(name, value, count)
         pad = self.spec.pad_slot
         for i, slot in enumerate(entries):
-            if slot >= num_slots:
+            if slot >= num_slots and (used is None or used[i]):
                 raise InputError(
                     f"{name}[{i}] is {slot}, needs a slot below {num_slots}, or {pad} or less "
                     "for padding"
@@ -222,7 +229,7 @@ class Rules(NamedTuple):
         """Return the slots written."""
         if value is None:
             return source
-        return self.slots("out_state_indices", value, len(source), num_slots)
+        return self.slots("out_state_indices", value, len(source), num_slots, self.live(source))
 
     def live(self, slots: Sequence[int]) -> list[bool]:
         """Return which slots are not padding."""

@@ -37,7 +37,7 @@ def sigmoid(x: Tensor) -> Tensor:
 
 def silu(x: Tensor) -> Tensor:
     """Return x * sigmoid(x)."""
-    return x / (1 + (-x).clamp(max=80).exp())
+    return torch.where(x < -80, 0, x / (1 + (-x).clamp(max=80).exp()))
 
 
 def normalise(spec: GdnSpec, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from gdn_portable.metadata import (
     ReplayDrafts,
     SnapshotDrafts,
     VerifyMetadata,
+    commit_batch,
     draft_protocol,
 )
 from gdn_portable.reference.conv1d import convolve, inputs_at
@@ -105,7 +106,7 @@ def conv1d_verify(
     pool, columns = dim_first(spec, conv_state), spec.conv_width - 1
     window = _window_before(spec, batch, pool)
     if isinstance(drafts, ReplayDrafts):
-        pending = _first(metadata.max_drafts, batch.accepted)
+        pending = _first(drafts.conv_inputs.shape[1], batch.accepted)
         kept = read(drafts.conv_inputs, slots, live, spec.compute_dtype)
         window = _replay_window(window, kept, pending)
 
@@ -182,7 +183,8 @@ def mtp_verify(
     g, beta = gating(spec, a, b, A_log, dt_bias)
     S = read(pool, slots, live, spec.compute_dtype)
     if isinstance(drafts, ReplayDrafts):
-        S = _replay_state(spec, S, drafts, slots, live, _first(metadata.max_drafts, batch.accepted))
+        pending = _first(drafts.k.shape[1], batch.accepted)
+        S = _replay_state(spec, S, drafts, slots, live, pending)
         write(pool, slots, S, live & (batch.accepted > 0))
         for kept, x in ((drafts.k, k), (drafts.v, v), (drafts.g, g), (drafts.beta, beta)):
             _keep_drafts(kept, slots, batch, batch.unpack(x))
@@ -237,7 +239,7 @@ def mtp_commit(
 ) -> None:
     """Keep the accepted drafts."""
     draft_protocol(metadata, drafts)
-    B = min(len(last_accepted), len(metadata.state_indices))
+    B = commit_batch(metadata, last_accepted)
     source = metadata.state_indices[:B].to(torch.int64)
     target = source if out_state_indices is None else out_state_indices[:B].to(torch.int64)
     last, live = last_accepted[:B].to(torch.int64), source > spec.pad_slot
@@ -257,7 +259,7 @@ def mtp_commit(
             kept = read(drafts.conv_inputs, source, live, spec.compute_dtype)
             write(windows, target, _replay_window(window, kept, path), keep)
         return
-    rows = torch.where(keep, _rows(metadata, B), 0)
+    rows, last = torch.where(keep, _rows(metadata, B), 0), torch.where(keep, last, 0)
     if states is not None:
         kept = vk(spec, _given("drafts.state", drafts.state))
         for pool_state, kept_state in _layers(states, kept, axes=4):

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices are detected by vendor and architecture, with no GPU needed to test it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gdn_portable import Device, detect_device
+from tests.fakes import CPU, MI300
+
+
+@pytest.mark.parametrize(
+    ("major", "minor", "arch"), [(9, 0, "sm90"), (10, 0, "sm100"), (10, 3, "sm103")]
+)
+def test_an_nvidia_gpu_is_named_by_its_compute_capability(
+    monkeypatch: pytest.MonkeyPatch, major: int, minor: int, arch: str
+) -> None:
+    properties = SimpleNamespace(major=major, minor=minor)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+
+    assert detect_device("cuda:1") == Device("cuda", arch, 1)
+    assert detect_device(torch.device("cuda")) == Device("cuda", arch, None)
+
+
+@pytest.mark.parametrize("name", ["gfx942:sramecc+:xnack-", "gfx942:sramecc+", "gfx942"])
+def test_an_amd_gpu_is_told_from_nvidia_and_named_without_its_features(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    properties = SimpleNamespace(major=9, minor=4, gcnArchName=name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", "7.0.0")
+
+    assert detect_device("cuda:0") == MI300
+
+
+def test_the_facts_of_a_device_are_taken_as_they_are() -> None:
+    assert detect_device(MI300) is MI300
+    assert detect_device("cpu") == detect_device(torch.device("cpu")) == CPU
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        (CPU, "cpu"),
+        (Device("cpu", "cpu", 0), "cpu:0"),
+        (Device("cuda", "sm90"), "cuda (sm90)"),
+        (MI300, "rocm:0 (gfx942)"),
+    ],
+)
+def test_a_device_is_named_as_reports_do(device: Device, name: str) -> None:
+    assert str(device) == name
