@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """On an NVIDIA or AMD GPU: the cases pass, nothing synchronises, and graphs replay."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -116,21 +117,21 @@ def test_a_step_does_not_synchronise_and_its_graph_replays_with_other_slots(name
     rows = {"prefill": 100, "decode": 3}.get(name, 9)
     mixed, a, b = _inputs(rows)
 
-    def run(into: StatePool) -> Any:
-        return step(mixed, a, b, params, into, **batch)
+    def run(into: StatePool, arguments: dict[str, Any]) -> Any:
+        return step(mixed, a, b, params, into, **arguments)
 
     start = [pool.conv_state.clone(), pool.state.clone()]  # type: ignore[union-attr]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            run(pool)
+            run(pool, batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = run(pool)
+        out = run(pool, batch)
 
     # other slots and lengths, then the same start for the replay and for an eager run
     holder = batch.get("metadata")
@@ -141,8 +142,9 @@ def test_a_step_does_not_synchronise_and_its_graph_replays_with_other_slots(name
     other = StatePool(start[0].clone(), start[1].clone())
     pool.conv_state.copy_(start[0])  # type: ignore[union-attr]
     pool.state.copy_(start[1])  # type: ignore[union-attr]
+    apart = copy.deepcopy(batch)
     graph.replay()
-    expected = run(other)
+    expected = run(other, apart)
 
     torch.cuda.synchronize()
     assert torch.equal(out, expected)
