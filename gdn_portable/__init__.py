@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gated DeltaNet for inference engines: one interface, each vendor's kernels."""
 
+from gdn_portable import nn
 from gdn_portable.backend import Backend, Kernel
 from gdn_portable.errors import (
     GdnError,
@@ -52,4 +53,5 @@ __all__ = [
     "detect_device",
     "explain",
     "get_backend",
+    "nn",
 ]

@@ -56,7 +56,8 @@ class PrefillMetadata:
         checkpoint_indices: [N] where they are kept: the slot of both pools, or for the state the
             row of ``checkpoint_state`` when ``chunk_prefill`` is given one.
         seq_lens_cpu: [N] the lengths on the host: a hint for choosing a kernel, never needed.
-        plan: what ``plan_prefill`` stored; belongs to the backend.
+        plan: what ``plan_prefill`` stored; belongs to the backend. Where it has ``cu_seqlens``,
+            the checks compare them with those above.
     """
 
     cu_seqlens: Tensor
@@ -210,11 +211,11 @@ def draft_protocol(metadata: VerifyMetadata, drafts: Drafts | None) -> DraftProt
         return DraftProtocol.SNAPSHOT
     if not metadata.is_slot_table:
         raise InputError(
-            "drafts is None and state_indices is [B], which names no protocol: needs ReplayDrafts, "
-            "SnapshotDrafts, or state_indices [B, P]"
+            f"drafts is None and state_indices has {metadata.state_indices.dim()} axes, which "
+            "names no protocol: needs ReplayDrafts, SnapshotDrafts, or state_indices [B, P]"
         )
     if metadata.is_tree:
-        raise InputError("a slot table holds a chain, got a tree: needs ReplayDrafts or Snapshot")
+        raise InputError("a slot table holds a chain, got a tree: needs drafts")
     return DraftProtocol.SLOT_TABLE
 
 

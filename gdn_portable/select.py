@@ -148,6 +148,8 @@ def detect_device(device: AnyDevice) -> Device:
         raise InputError(
             f"device is {device!r}, needs a torch device: cpu, cuda, cuda:1"
         ) from error
+    if device.type == "cpu":
+        return Device("cpu", "cpu")
     if device.type != "cuda":
         return Device(device.type, device.type, device.index)
     properties = torch.cuda.get_device_properties(device)

@@ -209,7 +209,8 @@ class GdnSpec:
         Args:
             hf_config: the config object or its dict; a nested ``text_config`` is followed.
             tp_size: how many ranks share the heads.
-            dtype: of the activations; None takes the config's.
+            dtype: of the activations; None takes the config's, and torch's default where that
+                names none, as transformers builds such a model.
 
         Raises:
             SpecError: a field is missing, or the heads do not divide.
@@ -224,7 +225,7 @@ class GdnSpec:
             head_k_dim=_required(text, "linear_key_head_dim"),
             head_v_dim=_required(text, "linear_value_head_dim"),
             conv_width=_required(text, "linear_conv_kernel_dim"),
-            dtype=dtype or _dtype("dtype", named),
+            dtype=dtype or _dtype("dtype", named or torch.get_default_dtype()),
             state_dtype=_dtype("mamba_ssm_dtype", text.get("mamba_ssm_dtype") or "float32"),
             activation=_activation(text.get("hidden_act", "silu")),
         ).shard(tp_size)
@@ -251,7 +252,7 @@ def _fields(config: object) -> dict[str, object]:
         return config
     to_dict = getattr(config, "to_dict", None)
     if to_dict is None:
-        raise SpecError(f"config is a {type(config).__name__}, needs a dict or to_dict()")
+        raise SpecError(f"config has type {type(config).__name__}, needs a dict or to_dict()")
     fields: dict[str, object] = to_dict()
     return fields
 
@@ -266,6 +267,5 @@ def _required(config: dict[str, object], name: str) -> int:
 def _dtype(name: str, value: object) -> torch.dtype:
     dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
     if not isinstance(dtype, torch.dtype):
-        hint = "; pass dtype= to choose" if name == "dtype" else ""
-        raise SpecError(f"config {name} is {value!r}, needs the name of a torch dtype{hint}")
+        raise SpecError(f"config {name} is {value!r}, needs the name of a torch dtype")
     return dtype

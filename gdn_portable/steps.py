@@ -44,7 +44,7 @@ def prefill_step(
 ) -> Tensor:
     """Run a layer's prefill."""
     conv_state, state = _both(pool)
-    weight = _norm_weight(params, gate)
+    _check_gate(gate, params)
     mixed = conv1d_prefill(
         mixed_qkv, params.conv_weight, params.conv_bias, conv_state, metadata=metadata
     )
@@ -61,9 +61,7 @@ def prefill_step(
         checkpoint_state=checkpoint_state,
         out=out if gate is None else None,
     )
-    if gate is None or weight is None:
-        return o
-    return gated_rms_norm(o, gate, weight, eps=params.norm_eps, out=out)
+    return _gated(o, gate, params, gated_rms_norm, out)
 
 
 def decode_step(
@@ -84,7 +82,7 @@ def decode_step(
 ) -> Tensor:
     """Run a layer's decode."""
     conv_state, state = _both(pool)
-    weight = _norm_weight(params, gate)
+    _check_gate(gate, params)
     mixed = conv1d_update(
         mixed_qkv,
         params.conv_weight,
@@ -104,9 +102,7 @@ def decode_step(
         out_state_indices=out_state_indices,
         out=out if gate is None else None,
     )
-    if gate is None or weight is None:
-        return o
-    return gated_rms_norm(o, gate, weight, eps=params.norm_eps, out=out)
+    return _gated(o, gate, params, gated_rms_norm, out)
 
 
 def verify_step(
@@ -127,7 +123,7 @@ def verify_step(
 ) -> Tensor:
     """Run a layer's verification of drafts."""
     conv_state, state = _both(pool)
-    weight = _norm_weight(params, gate)
+    _check_gate(gate, params)
     mixed = conv1d_verify(
         mixed_qkv,
         params.conv_weight,
@@ -147,9 +143,7 @@ def verify_step(
         drafts=drafts,
         out=out if gate is None else None,
     )
-    if gate is None or weight is None:
-        return o
-    return gated_rms_norm(o, gate, weight, eps=params.norm_eps, out=out)
+    return _gated(o, gate, params, gated_rms_norm, out)
 
 
 COMPOSED: Mapping[Op, tuple[Callable[..., Tensor], tuple[Op, ...]]] = {
@@ -183,7 +177,14 @@ def _both(pool: StatePool) -> tuple[Tensor, Tensor]:
     return pool.conv_state, pool.state
 
 
-def _norm_weight(params: GdnParams, gate: Tensor | None) -> Tensor | None:
+def _check_gate(gate: Tensor | None, params: GdnParams) -> None:
     if gate is not None and params.norm_weight is None:
         raise InputError("gate is given and params.norm_weight is None, needs both or neither")
-    return params.norm_weight
+
+
+def _gated(
+    o: Tensor, gate: Tensor | None, params: GdnParams, norm: GatedRmsNorm, out: Tensor | None
+) -> Tensor:
+    if gate is None or params.norm_weight is None:
+        return o
+    return norm(o, gate, params.norm_weight, eps=params.norm_eps, out=out)

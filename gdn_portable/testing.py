@@ -117,7 +117,8 @@ def cases(spec: GdnSpec, *, seed: int = 0) -> Iterator[Case]:
         yield from _with_parts(name, Op.VERIFY_STEP, spec, step)
         if step["drafts"] is None:
             continue
-        last = torch.tensor([-1, 0, 2, 4])
+        ragged = step["metadata"].cu_seqlens is not None
+        last = torch.tensor([-1, 0, -1, 2] if ragged else [-1, 0, 2, 4])
         commit = {"pool": step["pool"], "drafts": make.filled(step["drafts"])}
         commit |= {"metadata": step["metadata"], "last_accepted": last}
         yield Case(f"commit of {name}", Op.MTP_COMMIT, spec, commit)

@@ -9,19 +9,40 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import Tensor
 
 from gdn_portable.backend import Launcher
 from gdn_portable.checks import batches
-from gdn_portable.checks.tensors import Rules
+from gdn_portable.checks.tensors import INTEGERS, Rules
 from gdn_portable.errors import InputError
 from gdn_portable.interface import GdnOps
-from gdn_portable.metadata import PrefillMetadata, VerifyMetadata
+from gdn_portable.metadata import (
+    GdnParams,
+    PrefillMetadata,
+    ReplayDrafts,
+    SnapshotDrafts,
+    VerifyMetadata,
+)
 from gdn_portable.spec import Device, GdnSpec, Op
 from gdn_portable.state import StatePool
 
-_PROTOCOLS = get_type_hints(GdnOps)
-SIGNATURES = {op: inspect.signature(_PROTOCOLS[op.value].__call__) for op in Op}
+_PROTOCOLS = {op: get_type_hints(GdnOps)[op.value].__call__ for op in Op}
+SIGNATURES = {op: inspect.signature(call) for op, call in _PROTOCOLS.items()}
+KINDS = {op: get_type_hints(call) for op, call in _PROTOCOLS.items()}
+FIELDS = {
+    kind: get_type_hints(kind)
+    for kind in (
+        GdnParams,
+        PrefillMetadata,
+        ReplayDrafts,
+        SnapshotDrafts,
+        StatePool,
+        VerifyMetadata,
+    )
+}
 
 
 def checked(op: Op, launch: Launcher, spec: GdnSpec, device: Device) -> Launcher:
@@ -37,22 +58,19 @@ def checked(op: Op, launch: Launcher, spec: GdnSpec, device: Device) -> Launcher
 
 def _check(rules: Rules, op: Op, arguments: Mapping[str, Any]) -> None:
     """Raise InputError for the first argument that breaks the contract."""
+    _check_kinds(rules, op, arguments)
     rows = rules.tensors(op, arguments)
-    pool = arguments.get("pool")
-    pool = StatePool(None, None) if pool is None else pool
     if "params" in arguments:
         rules.params(arguments["params"], arguments.get("gate"))
+    pool = arguments.get("pool", StatePool(None, None))
     state = arguments.get("state", pool.state)
     conv_state = arguments.get("conv_state", pool.conv_state)
     if op is Op.MTP_COMMIT:
         batches.commit(rules, conv_state, state, arguments)
         return
-    for name, given, part in (
-        ("pool.state", pool.state, "state"),
-        ("pool.conv_state", pool.conv_state, "conv_state"),
-    ):
-        if "pool" in arguments and given is None:
-            raise InputError(f"{name} is None, needs a {part} pool for a step")
+    if "pool" in arguments and (state is None or conv_state is None):
+        missing = "conv_state" if conv_state is None else "state"
+        raise InputError(f"pool.{missing} is None, needs a tensor: a step uses both pools")
     slots = rules.pools(conv_state, state)
     metadata = arguments.get("metadata")
     if isinstance(metadata, PrefillMetadata):
@@ -60,9 +78,32 @@ def _check(rules: Rules, op: Op, arguments: Mapping[str, Any]) -> None:
     elif isinstance(metadata, VerifyMetadata):
         drafts = arguments.get("drafts")
         batches.verify(rules, metadata, drafts, rows, slots, conv_state, state)
-    elif metadata is not None or "metadata" in arguments:
-        raise InputError(f"metadata is a {type(metadata).__name__}, needs the one of this op")
-    if "state_indices" in arguments:
+    elif "state_indices" in arguments:
         source = rules.slots("state_indices", arguments["state_indices"], rows, slots)
         target = rules.targets(arguments.get("out_state_indices"), source, slots)
         rules.exclusive(rules.live(source), source, target)
+
+
+def _check_kinds(rules: Rules, op: Op, arguments: Mapping[str, Any]) -> None:
+    """Check of what class each argument is, and the index tensors of metadata."""
+    for name, value in arguments.items():
+        if name == "self":
+            continue
+        _check_kind(name, value, KINDS[op][name])
+        for field, kind in FIELDS.get(type(value), {}).items():
+            part = getattr(value, field)
+            _check_kind(field if name == "metadata" else f"{name}.{field}", part, kind)
+            if name == "metadata" and isinstance(part, Tensor):
+                dtypes = (torch.bool,) if field == "has_initial_state" else INTEGERS
+                rules.dtype_and_device(field, part, dtypes)
+
+
+def _check_kind(name: str, value: object, kind: Any) -> None:
+    kinds = get_args(kind) or (kind,)
+    if Tensor not in kinds and not FIELDS.keys() & set(kinds):
+        return
+    if not isinstance(value, kinds):
+        words = {Tensor: "a tensor", type(None): "None"}
+        needed = " or ".join(words.get(kind, kind.__name__) for kind in kinds)
+        got = "None" if value is None else f"a {type(value).__name__}"
+        raise InputError(f"{name} is {got}, needs {needed}")

@@ -23,7 +23,7 @@ from gdn_portable.metadata import (
     draft_protocol,
     state_slot_shape,
 )
-from gdn_portable.spec import ConvLayout, Op
+from gdn_portable.spec import Op
 
 
 def prefill(
@@ -43,19 +43,35 @@ def prefill(
         )
     if planned_only:
         return
+    made_for = getattr(metadata.plan, "cu_seqlens", None)
+    if made_for is not None and not torch.equal(made_for, metadata.cu_seqlens):
+        raise InputError(
+            f"plan was made for other cu_seqlens, needs plan_prefill again: {made_for.tolist()}"
+        )
     N = len(lengths)
     source = rules.slots("state_indices", metadata.state_indices, N, slots)
     target = rules.targets(metadata.out_state_indices, source, slots)
     live, reads = rules.live(source), list(source)
     if metadata.has_initial_state is not None:
         flags = metadata.has_initial_state
-        if not isinstance(flags, Tensor) or flags.dim() != 1 or len(flags) < N:
-            raise InputError(f"has_initial_state needs a tensor of one axis of at least {N}")
-        rules.dtype_and_device("has_initial_state", flags, (torch.bool,))
+        if flags.dim() != 1 or len(flags) < N:
+            got = shape_text(flags.shape)
+            raise InputError(f"has_initial_state is {got}, needs one axis of at least {N}")
         pad = rules.spec.pad_slot
         reads = [s if f else pad for s, f in zip(source, flags.tolist(), strict=False)]
     rules.exclusive(live, reads, target)
-    _checkpoints(rules, metadata, lengths, live, target, reads, slots, checkpoint_state)
+    # a state may go to a buffer of its own, a window goes to a slot
+    _checkpoints(
+        rules,
+        metadata,
+        lengths,
+        live,
+        target,
+        reads,
+        slots,
+        checkpoint_state,
+        keeps_windows=op is not Op.CHUNK_PREFILL or checkpoint_state is None,
+    )
 
 
 def _checkpoints(
@@ -67,18 +83,18 @@ def _checkpoints(
     reads: list[int],
     slots: int,
     checkpoint_state: Tensor | None,
+    *,
+    keeps_windows: bool,
 ) -> None:
     missing = (metadata.checkpoint_offsets is None) + (metadata.checkpoint_indices is None)
     if missing == 1:
         raise InputError("checkpoint_offsets and checkpoint_indices: needs both or neither")
     if missing == 2:
-        if checkpoint_state is not None:
-            raise InputError("checkpoint_state is given, needs metadata.checkpoint_offsets")
         return
     offsets = rules.indices("checkpoint_offsets", metadata.checkpoint_offsets, len(lengths))
     if checkpoint_state is not None:
-        rules.state("checkpoint_state", checkpoint_state, rules.spec.compute_dtype)
-        slots = len(checkpoint_state)
+        rules.state("checkpoint_state", checkpoint_state, rules.double_or_float())
+        slots = min(len(checkpoint_state), slots if keeps_windows else len(checkpoint_state))
     wanted = [on and offset >= 0 for on, offset in zip(live, offsets, strict=True)]
     where = rules.slots(
         "checkpoint_indices", metadata.checkpoint_indices, len(lengths), slots, wanted
@@ -88,12 +104,14 @@ def _checkpoints(
             raise InputError(
                 f"checkpoint_offsets[{i}] is {offset}, needs at most the length {lengths[i]}"
             )
-    rules.exclusive(wanted, [rules.spec.pad_slot] * len(where), where)
-    if checkpoint_state is None:
+    pad = rules.spec.pad_slot if checkpoint_state is None else -1
+    wanted = [on and row > pad for on, row in zip(wanted, where, strict=True)]
+    rules.exclusive(wanted, [pad] * len(where), where, pad=pad)
+    if keeps_windows:
         used = {slot for slot, on in zip(target, live, strict=True) if on}
         used |= {slot for slot, on in zip(reads, live, strict=True) if on}
         for i, slot in enumerate(where):
-            if wanted[i] and slot > rules.spec.pad_slot and slot in used:
+            if wanted[i] and slot in used:
                 raise InputError(
                     f"checkpoint_indices[{i}] is {slot}, needs a slot that no sequence uses"
                 )
@@ -127,6 +145,9 @@ def verify(
         _snapshots(rules, metadata, drafts, live, conv_state, state)
     elif metadata.state_indices.dim() == 2:
         most = metadata.state_indices.shape[1]
+        if conv_state is not None:
+            columns = conv_state.shape[rules.time_axis()]
+            most = min(most, columns - (rules.spec.conv_width - 1) + 1)
     for i, count in enumerate(accepted):
         if live[i] and not 0 <= count <= most and not isinstance(drafts, SnapshotDrafts):
             raise InputError(f"num_accepted[{i}] is {count}, needs 0 to {most}")
@@ -166,8 +187,7 @@ def _slot_table(
         )
     rules.dtype_and_device("state_indices", table, INTEGERS)
     if conv_state is not None:
-        time_axis = -1 if rules.spec.conv_layout is ConvLayout.DIM_FIRST else -2
-        columns, needed = conv_state.shape[time_axis], rules.spec.conv_width - 1 + P - 1
+        columns, needed = conv_state.shape[rules.time_axis()], rules.spec.conv_width - 1 + P - 1
         if columns < needed:
             raise InputError(
                 f"conv_state has windows of {columns} columns, needs {needed} for a slot table "
@@ -185,7 +205,9 @@ def _slot_table(
                 raise InputError(f"state_indices names slot {slot} twice, needs it once")
     for i, slot in enumerate(source):
         if slot > rules.spec.pad_slot and writer.get(slot, i) != i:
-            raise InputError(f"row {i} reads slot {slot}, which row {writer[slot]} writes")
+            raise InputError(
+                f"row {i} reads slot {slot}, which row {writer[slot]} writes: needs separate slots"
+            )
     return source
 
 
@@ -209,6 +231,7 @@ def _replay(rules: Rules, drafts: ReplayDrafts, P: int, slots: int) -> int:
                 f"drafts.{name} has shape {shape_text(kept.shape)}, needs {shape_text(needed)}"
             )
         rules.dtype_and_device(f"drafts.{name}", kept, (dtype,))
+        rules.writable(f"drafts.{name}", kept)
     return room
 
 
@@ -238,18 +261,21 @@ def _snapshots(
             needed = shape_text(("rows", P, *shape))
             raise InputError(f"drafts.{name} has shape {shape_text(kept.shape)}, needs {needed}")
         rules.dtype_and_device(f"drafts.{name}", kept, (pool.dtype,))
+        rules.writable(f"drafts.{name}", kept)
         for i, row in enumerate(rows):
             if live[i] and not 0 <= row < len(kept):
                 raise InputError(f"rows[{i}] is {row}, needs 0 to {len(kept) - 1}")
     used = [row for row, on in zip(rows, live, strict=True) if on]
     if len(set(used)) < len(used):
         raise InputError(f"rows is {rows}, needs each row once")
-    time_axis = -1 if spec.conv_layout is ConvLayout.DIM_FIRST else -2
-    windows = drafts.conv_state
+    time_axis, windows = rules.time_axis(), drafts.conv_state
     if not metadata.is_tree or windows is None or conv_state is None:
         return
     if windows.shape[time_axis] > 1 and windows.stride(1) == windows.stride(time_axis):
-        raise InputError("drafts.conv_state overlaps, which holds a chain; got a tree")
+        raise InputError(
+            "drafts.conv_state has overlapping windows, which hold a chain; a tree needs windows "
+            "of its own for each draft"
+        )
 
 
 def _tree(rules: Rules, metadata: VerifyMetadata, lengths: list[int], live: list[bool]) -> None:
@@ -276,6 +302,13 @@ def _tree(rules: Rules, metadata: VerifyMetadata, lengths: list[int], live: list
                         f"{name}[{i}, {t}] is {row[t]}, needs {low} to {high}"
                         + ("" if name == "parents" else ", or -1 for none")
                     )
+    if metadata.next_token is None or metadata.next_sibling is None:
+        return
+    links = torch.cat([metadata.next_token[:B, :P], metadata.next_sibling[:B, :P]], dim=1)
+    for i, row in enumerate(links.tolist()):
+        named = [row[t] for t in range(2 * P) if live[i] and t % P < lengths[i] and row[t] >= 0]
+        if len(set(named)) < len(named):
+            raise InputError(f"next_token and next_sibling of row {i} name a draft twice: {named}")
 
 
 def commit(
@@ -296,11 +329,14 @@ def commit(
     source = rules.slots("state_indices", metadata.state_indices, B, slots)
     target = rules.targets(arguments.get("out_state_indices"), source, slots)
     live = rules.live(source)
+    lengths = [metadata.max_drafts] * B
+    if metadata.cu_seqlens is not None:
+        lengths = rules.lengths(metadata.cu_seqlens, None)
     for i, draft in enumerate(rules.indices("last_accepted", last, B)):
-        if live[i] and not -1 <= draft < metadata.max_drafts:
-            most = metadata.max_drafts - 1
-            raise InputError(f"last_accepted[{i}] is {draft}, needs -1 to {most}")
+        if live[i] and not -1 <= draft < lengths[i]:
+            raise InputError(f"last_accepted[{i}] is {draft}, needs -1 to {lengths[i] - 1}")
     rules.exclusive(live, source, target)
+    _tree(rules, metadata, lengths, live)
     if isinstance(drafts, ReplayDrafts):
         _replay(rules, drafts, metadata.max_drafts, slots)
     else:

@@ -41,6 +41,7 @@ SHAPES_OF: Mapping[Op, Mapping[str, str]] = {
     Op.CONV1D_VERIFY: {"out": "T D"},
     Op.GATED_RMS_NORM: {"x": "T HV V", "weight": "V"},
 }
+IN_PLACE = (Op.CONV1D_UPDATE, Op.CONV1D_VERIFY, Op.GATED_RMS_NORM)
 ACTIVATIONS = ("x", "mixed_qkv", "q", "k", "v")
 DENSE_VECTORS = ("q", "k", "v", "gate")  # token and head strides are free
 
@@ -64,16 +65,19 @@ class Rules(NamedTuple):
             if name in ACTIVATIONS and op is not Op.GATED_RMS_NORM:
                 dtypes = (self.spec.dtype,)
             elif name in ("g", "beta"):
-                dtypes = (self.spec.compute_dtype,)
+                dtypes = self.double_or_float()
             self.tensor(name, value, shapes[name], sizes, dtypes)
             if name in DENSE_VECTORS:
                 self.dense(name, value)
-        out, first = arguments.get("out"), arguments.get("x", arguments.get("mixed_qkv"))
-        in_place = (Op.CONV1D_UPDATE, Op.CONV1D_VERIFY, Op.GATED_RMS_NORM)
+        out = arguments.get("out")
         if out is not None:
             self.writable("out", out)
-            if first is not None and op not in in_place and out.data_ptr() == first.data_ptr() != 0:
-                raise InputError("out shares memory with the input, needs memory of its own")
+            for name in ACTIVATIONS:
+                value = arguments.get(name)
+                if value is None or (op in IN_PLACE and _same_memory(out, value)):
+                    continue
+                if _overlap(out, value):
+                    raise InputError(f"out shares memory with {name}, needs memory of its own")
         return sizes.get("T", 0)
 
     def sizes(self) -> dict[str, int]:
@@ -155,17 +159,25 @@ class Rules(NamedTuple):
         slots = []
         if conv_state is not None:
             shape = conv_slot_shape(self.spec, self.spec.conv_state_len)
-            time_axis = -1 if self.spec.conv_layout is ConvLayout.DIM_FIRST else -2
-            self.pool("conv_state", conv_state, shape, self.spec.conv_state_dtype, time_axis)
+            dtypes = (self.spec.conv_state_dtype,)
+            self.pool("conv_state", conv_state, shape, dtypes, self.time_axis())
             slots.append(len(conv_state))
         if state is not None:
-            self.state("state", state, self.spec.state_dtype)
+            self.state("state", state, (self.spec.state_dtype,))
             slots.append(len(state))
         return min(slots, default=0)
 
-    def state(self, name: str, value: object, dtype: torch.dtype) -> None:
+    def time_axis(self) -> int:
+        """Return the axis of a conv state that holds the columns."""
+        return -1 if self.spec.conv_layout is ConvLayout.DIM_FIRST else -2
+
+    def double_or_float(self) -> Sequence[torch.dtype]:
+        """Return what a float32 argument may be: the spec may name float64."""
+        return tuple(dict.fromkeys((torch.float32, self.spec.compute_dtype)))
+
+    def state(self, name: str, value: object, dtypes: Sequence[torch.dtype]) -> None:
         """Check a pool of recurrent states."""
-        pool = self.pool(name, value, state_slot_shape(self.spec), dtype, None)
+        pool = self.pool(name, value, state_slot_shape(self.spec), dtypes, None)
         if pool.shape[-1] > 1 and pool.stride(-1) != 1:
             last = "K" if self.spec.state_layout is StateLayout.VK else "V"
             raise InputError(
@@ -178,7 +190,7 @@ class Rules(NamedTuple):
         name: str,
         value: object,
         shape: tuple[int, ...],
-        dtype: torch.dtype,
+        dtypes: Sequence[torch.dtype],
         growing_axis: int | None,
     ) -> Tensor:
         """Check a pool whose slots have ``shape``, one axis of which may be longer."""
@@ -193,7 +205,7 @@ class Rules(NamedTuple):
                 f"{name} has shape {shape_text(value.shape)}, needs "
                 f"{shape_text(('slots', *shape))} in the layouts {layouts}"
             )
-        self.dtype_and_device(name, value, (dtype,))
+        self.dtype_and_device(name, value, dtypes)
         self.writable(name, value)
         return value
 
@@ -235,11 +247,19 @@ class Rules(NamedTuple):
         """Return which slots are not padding."""
         return [slot > self.spec.pad_slot for slot in slots]
 
-    def exclusive(self, live: Sequence[bool], source: Sequence[int], target: Sequence[int]) -> None:
+    def exclusive(
+        self,
+        live: Sequence[bool],
+        source: Sequence[int],
+        target: Sequence[int],
+        *,
+        pad: int | None = None,
+    ) -> None:
         """Refuse two rows that write one slot, and a row that reads what another writes."""
+        pad = self.spec.pad_slot if pad is None else pad
         writer: dict[int, int] = {}
         for i, slot in enumerate(target):
-            if live[i] and slot > self.spec.pad_slot and writer.setdefault(slot, i) != i:
+            if live[i] and slot > pad and writer.setdefault(slot, i) != i:
                 raise InputError(
                     f"rows {writer[slot]} and {i} both write slot {slot}, needs one writer a slot"
                 )
@@ -250,17 +270,40 @@ class Rules(NamedTuple):
                     "separate slots"
                 )
 
-    def lengths(self, cu_seqlens: object, rows: int | None) -> list[int]:
+    def lengths(self, cu_seqlens: Tensor, rows: int | None) -> list[int]:
         """Return the lengths of packed sequences."""
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
-            raise InputError("cu_seqlens needs a tensor of one axis, one longer than the batch")
-        offsets = self.indices("cu_seqlens", cu_seqlens, len(cu_seqlens))
+        offsets = self.indices("cu_seqlens", cu_seqlens, max(1, cu_seqlens.numel()))
         lengths = [end - start for start, end in pairwise(offsets)]
         if offsets[0] != 0 or min(lengths, default=0) < 0:
             raise InputError(f"cu_seqlens is {offsets}, needs 0 first and no step back")
         if rows is not None and offsets[-1] > rows:
             raise InputError(f"cu_seqlens ends at {offsets[-1]}, needs at most the {rows} rows")
         return lengths
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Return whether two batches share an element: of packed rows, only the columns count."""
+    if not one.numel() or not other.numel() or one.device != other.device:
+        return False
+    pair = (one, other)
+    starts = [x.data_ptr() for x in pair]
+    rows = [x.stride(0) * x.element_size() for x in pair]
+    widths = [_extent(x[0]) * x.element_size() for x in pair]
+    ends = [s + (len(x) - 1) * r + w for s, x, r, w in zip(starts, pair, rows, widths, strict=True)]
+    if ends[0] <= starts[1] or ends[1] <= starts[0]:
+        return False
+    if rows[0] != rows[1] or max(widths) > rows[0]:
+        return True
+    column = (starts[1] - starts[0]) % rows[0]
+    return column < widths[0] or column + widths[1] > rows[0]
+
+
+def _extent(x: Tensor) -> int:
+    return 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
 
 
 def shape_text(sizes: Sequence[object]) -> str:

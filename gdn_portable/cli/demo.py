@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from gdn_portable.demo.generate import (
     Generator,
     Sampling,
     Speculation,
-    check_prompts,
+    check_request,
 )
 from gdn_portable.demo.model import WEIGHTS, load_model, model_provenance
 from gdn_portable.interface import GdnOps
@@ -75,8 +76,8 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Continue prompts of different lengths as one continuous batch."""
-    prompts = [text.encode() for text in (prompt if prompt is not None else PROMPTS)]
-    check_prompts(prompts)
+    prompts = [os.fsencode(text) for text in (prompt if prompt is not None else PROMPTS)]
+    check_request(prompts, new_bytes)
     speculation = Speculation(protocol, max_drafts, branches)
     target = present_device(device)
     weights = load_model(model, target, dtype.torch, max_drafts=max(1, max_drafts))

@@ -46,7 +46,7 @@ def doctor(
     """Show the device, versions, and every kernel of every op with the reason for or against."""
     if device is not None and arch is not None:
         raise InputError("--device and --arch are both given, needs one")
-    facts = imagined_device(arch) if arch else detect_device(_device(device))
+    facts = imagined_device(arch) if arch is not None else detect_device(_device(device))
     spec = _spec(config, tp_size, dtype)
     names = sorted(backend_names(), key=lambda name: name != default_backend(facts))
     tables = {name: explain(spec, facts, backend=name) for name in names}
@@ -62,7 +62,9 @@ def doctor(
 
 
 def _device(name: str | None) -> torch.device:
-    return present_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return present_device(name)
 
 
 def _spec(config: Path | None, tp_size: int, dtype: Dtype | None) -> GdnSpec:

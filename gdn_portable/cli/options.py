@@ -35,7 +35,10 @@ def present_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
+        # torch takes any number for the one CPU there is
+        if device.type == "cpu" and device.index:
+            raise RuntimeError("there is one cpu")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {name!r} cannot be used: {reason}") from error

@@ -153,8 +153,7 @@ class Generator:
         Raises:
             InputError: a prompt is empty, or there is nothing to write.
         """
-        check_prompts(prompts)
-        _at_least(1, new_bytes=new_bytes)
+        check_request(prompts, new_bytes)
         batch = _Batch(self.model, self.ops, self.max_batch, self.sampling, self.speculation)
         waiting = deque(
             _Running(number, bytearray(prompt), len(prompt), new_bytes)
@@ -328,8 +327,9 @@ class _Batch:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
 
-def check_prompts(prompts: Sequence[bytes]) -> None:
-    """Raise InputError where there is nothing to continue."""
+def check_request(prompts: Sequence[bytes], new_bytes: int) -> None:
+    """Raise InputError where there is nothing to continue, or nothing to write."""
+    _at_least(1, new_bytes=new_bytes)
     if not prompts:
         raise InputError("there is no prompt, needs at least one")
     for number, prompt in enumerate(prompts, start=1):

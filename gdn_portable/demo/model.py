@@ -159,7 +159,10 @@ def load_model(
     except FileNotFoundError as error:
         raise ModelFileError(f"no model file at {path}") from error
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ModelFileError(f"{path} is not a model of this demo: {error}") from error
+        # torch lists every problem of a state dict on a line of its own, after a heading
+        problems = str(error).splitlines()
+        first = problems[min(1, len(problems) - 1)].strip() if problems else type(error).__name__
+        raise ModelFileError(f"{path} is not a model of this demo: {first}") from error
     return model.eval()
 
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gdn_portable.errors import InputError
 from gdn_portable.metadata import PrefillMetadata
 from gdn_portable.reference.math import normalise
 from gdn_portable.reference.slots import (
@@ -28,7 +27,7 @@ CHUNK = 64
 
 
 @dataclass(slots=True)
-class PrefillPlan:
+class ChunkPlan:
     """Which token stands where in the chunks, for lengths that the host knows."""
 
     cu_seqlens: Tensor  # [N + 1], what the plan was made from
@@ -42,11 +41,11 @@ def plan_prefill(spec: GdnSpec, metadata: PrefillMetadata) -> None:
         metadata.plan = None
         return
     tokens, old = _chunk_tokens(metadata.cu_seqlens, chunks), metadata.plan
-    if isinstance(old, PrefillPlan) and old.tokens.shape == tokens.shape:
+    if isinstance(old, ChunkPlan) and old.tokens.shape == tokens.shape:
         old.cu_seqlens.copy_(metadata.cu_seqlens)
         old.tokens.copy_(tokens)
     else:
-        metadata.plan = PrefillPlan(metadata.cu_seqlens.clone(), tokens)
+        metadata.plan = ChunkPlan(metadata.cu_seqlens.clone(), tokens)
 
 
 def _most_chunks(metadata: PrefillMetadata) -> int | None:
@@ -68,14 +67,8 @@ def _chunk_tokens(cu_seqlens: Tensor, chunks: int) -> Tensor:
 
 
 def _planned_tokens(metadata: PrefillMetadata, num_tokens: int) -> Tensor:
-    plan = metadata.plan
-    if isinstance(plan, PrefillPlan):
-        same = plan.cu_seqlens.shape == metadata.cu_seqlens.shape
-        if plan.cu_seqlens.device.type == "cpu":
-            same = same and torch.equal(plan.cu_seqlens, metadata.cu_seqlens)
-        if not same:
-            raise InputError("plan was made for other cu_seqlens, needs plan_prefill again")
-        return plan.tokens
+    if isinstance(metadata.plan, ChunkPlan):
+        return metadata.plan.tokens
     chunks = _most_chunks(metadata)
     # a GPU's lengths are not asked for: any sequence may be as long as the batch
     chunks = -(-num_tokens // CHUNK) if chunks is None else chunks
