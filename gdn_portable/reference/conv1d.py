@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from gdn_portable.metadata import PrefillMetadata
 from gdn_portable.reference.math import silu
 from gdn_portable.reference.slots import (
+    Packed,
     checkpoints,
     decode_slots,
     dim_first,
@@ -22,18 +22,6 @@ from gdn_portable.reference.slots import (
     write,
 )
 from gdn_portable.spec import GdnSpec
-
-
-def inputs_at(
-    x: Tensor, window: Tensor, starts: Tensor, sequence: Tensor, position: Tensor
-) -> Tensor:
-    """Return the conv inputs at a position of a sequence; -1 is the last column of its window."""
-    columns = window.shape[-1]
-    old = window[sequence, :, (position + columns).clamp(0, columns - 1)]
-    if len(x) == 0:
-        return old
-    new = x[(starts[sequence] + position).clamp(0, len(x) - 1)].to(window.dtype)
-    return torch.where((position < 0)[:, None], old, new)
 
 
 def convolve(spec: GdnSpec, taps: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -63,20 +51,39 @@ def conv1d_prefill(
     columns = spec.conv_width - 1
     pool = dim_first(spec, conv_state)[..., :columns]
     window = read(pool, source, live & ~fresh, spec.compute_dtype)
-    inputs = partial(inputs_at, x, window, packed.starts)
-    taps = [inputs(packed.sequence, packed.position - i) for i in range(columns, -1, -1)]
-    values = convolve(spec, taps, weight, bias)
-    offsets, rows, wanted = checkpoints(metadata, packed.lengths, live, spec.pad_slot)
-    sequences = torch.arange(len(live), device=x.device)
-    after, midway = (
-        torch.stack([inputs(sequences, length - i) for i in range(columns, 0, -1)], dim=-1)
-        for length in (packed.lengths, offsets)
-    )
+    inputs, firsts, rows = _with_windows(x, window, packed)
+    taps = [inputs[i : len(inputs) - columns + i] for i in range(spec.conv_width)]
+    values = convolve(spec, taps, weight, bias)[rows - columns]
     result = finish(values, packed.owned, x.dtype, out)
-    write(pool, target, after, live & (target > spec.pad_slot))
+
+    def window_after(length: Tensor) -> Tensor:
+        column = torch.arange(columns, device=x.device)
+        length = length.clamp(min=0).minimum(packed.lengths)
+        return inputs[(firsts + length)[:, None] + column].transpose(1, 2)
+
+    write(pool, target, window_after(packed.lengths), live & (target > spec.pad_slot))
     if metadata.checkpoint_offsets is not None:
-        write(pool, rows, midway, wanted)
+        offsets, slots, wanted = checkpoints(metadata, packed.lengths, live, spec.pad_slot)
+        write(pool, slots, window_after(offsets), wanted)
     return result
+
+
+def _with_windows(x: Tensor, window: Tensor, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+    """Put every sequence's window in front of its inputs.
+
+    Returns:
+        [T + N * (W - 1), D] inputs, the row [N] where each sequence's window begins, and the row
+        [T] of each token.
+    """
+    N, D, columns = window.shape
+    sequence = torch.arange(N, device=x.device)
+    firsts = packed.starts + sequence * columns
+    rows = torch.arange(len(x), device=x.device) + (packed.sequence + 1) * columns
+    inputs = torch.zeros(len(x) + N * columns, D, dtype=window.dtype, device=x.device)
+    history = (firsts[:, None] + torch.arange(columns, device=x.device)).flatten()
+    inputs.index_copy_(0, history, window.transpose(1, 2).flatten(0, 1))
+    inputs.index_copy_(0, rows, x.to(window.dtype))
+    return inputs, firsts, rows
 
 
 def conv1d_update(

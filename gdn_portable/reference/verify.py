@@ -19,7 +19,7 @@ from gdn_portable.metadata import (
     commit_batch,
     draft_protocol,
 )
-from gdn_portable.reference.conv1d import convolve, inputs_at
+from gdn_portable.reference.conv1d import convolve
 from gdn_portable.reference.math import gating, normalise, read_out, update
 from gdn_portable.reference.slots import (
     Packed,
@@ -32,6 +32,7 @@ from gdn_portable.reference.slots import (
     vk,
     write,
 )
+from gdn_portable.reference.trees import parents_of, path_to
 from gdn_portable.spec import GdnSpec
 from gdn_portable.state import StatePool
 
@@ -84,7 +85,7 @@ def _verify_batch(
     packed = pack(cu_seqlens, slots > spec.pad_slot, num_tokens)
     step = torch.arange(P, device=slots.device)
     drafted = packed.live[:, None] & (step < packed.lengths[:, None])
-    return _Batch(protocol, slots, packed, drafted, accepted, _parents(metadata, B))
+    return _Batch(protocol, slots, packed, drafted, accepted, parents_of(metadata, B))
 
 
 def conv1d_verify(
@@ -110,7 +111,7 @@ def conv1d_verify(
         kept = read(drafts.conv_inputs, slots, live, spec.compute_dtype)
         window = _replay_window(window, kept, pending)
 
-    inputs = partial(inputs_at, x, window, packed.starts, packed.sequence)
+    inputs = partial(_inputs_at, x, window, packed.starts, packed.sequence)
     at, taps = packed.position, list[Tensor]()
     for _ in range(spec.conv_width):
         taps.insert(0, inputs(at))
@@ -127,6 +128,18 @@ def conv1d_verify(
     else:
         _write_table_window(batch, pool, x, window)
     return result if out is None else out.copy_(result)
+
+
+def _inputs_at(
+    x: Tensor, window: Tensor, starts: Tensor, sequence: Tensor, position: Tensor
+) -> Tensor:
+    """Return the conv inputs at a position of a sequence; -1 is the last column of its window."""
+    columns = window.shape[-1]
+    old = window[sequence, :, (position + columns).clamp(0, columns - 1)]
+    if len(x) == 0:
+        return old
+    new = x[(starts[sequence] + position).clamp(0, len(x) - 1)].to(window.dtype)
+    return torch.where((position < 0)[:, None], old, new)
 
 
 def _window_before(spec: GdnSpec, batch: _Batch, pool: Tensor) -> Tensor:
@@ -147,7 +160,7 @@ def _write_table_window(batch: _Batch, pool: Tensor, x: Tensor, window: Tensor) 
     for column in range(pool.shape[-1]):
         position = torch.full_like(sequences, column + 1 - window.shape[-1])
         keep = packed.live & (packed.lengths > 0) & (position < packed.lengths)
-        rows = inputs_at(x, window, packed.starts, sequences, position)
+        rows = _inputs_at(x, window, packed.starts, sequences, position)
         write(pool[..., column], batch.slots, rows, keep)
 
 
@@ -249,7 +262,7 @@ def mtp_commit(
     if windows is not None:
         windows = windows[..., : spec.conv_width - 1]
     if isinstance(drafts, ReplayDrafts):
-        path = _path(metadata, last)
+        path = path_to(metadata, last)
         if states is not None:
             S = read(states, source, live, spec.compute_dtype)
             S = _replay_state(spec, S, drafts, source, live, path)
@@ -288,20 +301,6 @@ def _commit_snapshots(
     own = pool[torch.where(keep, source, 0)]
     after = kept[rows, last.clamp(min=0)].to(pool.dtype)
     write(pool, target, torch.where(like(last >= 0, own), after, own), keep)
-
-
-def _path(metadata: VerifyMetadata, last: Tensor) -> Tensor:
-    """Return which drafts [B, P] lie between the root and ``last``, both included."""
-    P, parents = metadata.max_drafts, _parents(metadata, len(last))
-    draft = torch.arange(P, device=last.device)
-    if parents is None:
-        return draft <= last[:, None]
-    on_path, at = draft == last[:, None], last
-    for _ in range(P):
-        parent = parents.gather(1, at.clamp(0, P - 1)[:, None])[:, 0]
-        at = torch.where(at > 0, parent, -1)
-        on_path = on_path | (draft == at[:, None])
-    return on_path
 
 
 def _first(count: int, accepted: Tensor) -> Tensor:
@@ -355,47 +354,3 @@ def _given(name: str, tensor: Tensor | None) -> Tensor:
     if tensor is None:
         raise InputError(f"{name} is None, needs a tensor")
     return tensor
-
-
-def _parents(metadata: VerifyMetadata, batch: int) -> Tensor | None:
-    """Return [B, P] parents, filled from child and sibling links where those are given."""
-    P = metadata.max_drafts
-    if metadata.next_token is not None and metadata.next_sibling is not None:
-        parents = parents_from_links(
-            metadata.next_token[:batch, :P], metadata.next_sibling[:batch, :P]
-        )
-        if metadata.parents is None:
-            metadata.parents = parents
-        else:
-            metadata.parents[:batch, :P].copy_(parents)
-    if metadata.parents is None:
-        return None
-    return metadata.parents[:batch, :P].to(torch.int64).clamp(0, P - 1)
-
-
-def parents_from_links(next_token: Tensor, next_sibling: Tensor) -> Tensor:
-    """Return the parent of every draft of a tree given by first children and next siblings.
-
-    Args:
-        next_token: [B, P] first child, -1 for none.
-        next_sibling: [B, P] next child of the same parent, -1 for none.
-
-    Returns:
-        [B, P] parents, 0 for the root and for a draft that nothing links to.
-    """
-    P = next_token.shape[1]
-    draft = torch.arange(P, device=next_token.device).expand(next_token.shape)
-
-    def linked_from(links: Tensor) -> Tensor:
-        """Return which draft links to each, P for none."""
-        target = torch.where((links >= 0) & (links < P), links.to(torch.int64), P)
-        found = torch.full((len(links), P + 1), P, device=links.device)
-        return found.scatter(1, target, draft)[:, :P]
-
-    first_child_of, sibling_before = linked_from(next_token), linked_from(next_sibling)
-    # walk to the first sibling, twice as far each time
-    first = torch.where(sibling_before < P, sibling_before, draft)
-    for _ in range(P.bit_length()):
-        first = first.gather(1, first)
-    parents = first_child_of.gather(1, first)
-    return torch.where(parents < P, parents, 0).to(next_token.dtype)
