@@ -518,3 +518,8 @@ class GdnOps:
     verify_step: VerifyStep
 
     warmup: Warmup
+
+    def __repr__(self) -> str:
+        """Name the device and the kernels, as a log wants them."""
+        served = ", ".join(f"{op.value}={kernel}" for op, kernel in self.kernels.items())
+        return f"GdnOps({self.device}: {served})"

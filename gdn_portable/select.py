@@ -87,6 +87,11 @@ class Choice:
     chosen: bool
     reasons: tuple[str, ...]  # against it; empty when it is able
 
+    def __str__(self) -> str:
+        """Say in one line what the kernel does and why."""
+        standing = "serves" if self.chosen else "cannot" if self.reasons else "able, not first"
+        return ": ".join([f"{self.op.value} {self.kernel} {standing}", *self.reasons])
+
 
 def explain(
     spec: GdnSpec,

@@ -7,6 +7,7 @@ join and leave while others run, padding rows where nobody is.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -59,6 +60,15 @@ class Sampling:
 
     temperature: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a temperature that orders nothing.
+
+        Raises:
+            InputError: it is negative or not finite.
+        """
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature is {self.temperature}, needs a number from 0 on")
 
     def choose(self, logits: Tensor, sequence: int, position: int) -> int:
         """Return the byte at ``position`` of a sequence from its logits [256]."""
