@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 import torch
@@ -47,8 +48,10 @@ class Kernel:
         dtypes: of the activations.
         state_dtypes: of the recurrent state.
         head_dims: (K, V) pairs.
-        state_layouts: it takes as they are; another is reached by a view.
-        conv_layouts: it takes as they are; another is reached by a view.
+        state_layouts: of the engine's memory. The kernel is passed [slots, HV, V, K] always; under
+            KV that is a transposed view, in which V is contiguous.
+        conv_layouts: of the engine's memory. The kernel is passed [slots, D, L] always; under
+            LEN_FIRST that is a transposed view, in which D is contiguous.
         refuse: returns a reason for what the fields above cannot express.
     """
 
@@ -73,6 +76,8 @@ class Kernel:
             _unless("dtype", spec.dtype, self.dtypes),
             _unless("state dtype", spec.state_dtype, self.state_dtypes),
             _unless("head dims (K, V)", (spec.head_k_dim, spec.head_v_dim), self.head_dims),
+            _unless("state layout", spec.state_layout.value, _values(self.state_layouts)),
+            _unless("conv layout", spec.conv_layout.value, _values(self.conv_layouts)),
             self.probe() if self.probe else None,
             self.refuse(spec, device) if self.refuse else None,
         ]
@@ -105,7 +110,12 @@ class Backend:
 
 
 def needs(module: str, distribution: str) -> Callable[[], str | None]:
-    """Return a probe that reports ``distribution`` missing, without importing ``module``."""
+    """Return a probe that reports ``distribution`` missing, without importing ``module``.
+
+    Args:
+        module: its top-level module; a dotted name would import what is in front of the dot.
+        distribution: as pip knows it.
+    """
 
     def probe() -> str | None:
         if importlib.util.find_spec(module) is None:
@@ -117,6 +127,10 @@ def needs(module: str, distribution: str) -> Callable[[], str | None]:
         return None
 
     return probe
+
+
+def _values(layouts: Collection[Enum] | None) -> tuple[str, ...] | None:
+    return None if layouts is None else tuple(layout.value for layout in layouts)
 
 
 def _unless(what: str, value: object, allowed: Collection[Any] | None) -> str | None:

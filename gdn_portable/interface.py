@@ -17,7 +17,9 @@ The rules of every op:
 * States are read and written in place, through their strides. Nothing is copied.
 * Zero-length sequences and empty batches are legal.
 * ``out`` is written and returned; None allocates it in the activations' dtype.
-* No op synchronises with the host.
+* No op synchronises with the host. Arguments are checked where ``bind`` was asked to, or on a CPU:
+  then a bad one raises InputError before anything is written, and nothing else is promised of it.
+* Gradients flow to activations and parameters; states are read as they are and written without.
 * Float32 below is float64 where the spec's ``dtype`` or ``state_dtype`` is.
 
 Letters: B sequences of a decode or verify batch, N of a packed batch, T packed tokens, H q/k
@@ -272,6 +274,10 @@ class MtpVerify(Protocol):
         * slot table (no drafts, ``state_indices [B, P]``): the sequence is read from slot
           ``state_indices[b, max(num_accepted, 1) - 1]``, padding where that is padded, and the
           state after draft t goes to slot ``state_indices[b, t]`` unless that is padded. A chain.
+          A sequence without drafts keeps all as it is, and its ``num_accepted`` for later.
+
+        No sequence has more than ``max_drafts`` drafts; pending ones may be more, up to what was
+        kept.
 
         Args:
             q: [T, H, K] queries; normalised and scaled inside. Any token and head stride.
@@ -312,7 +318,8 @@ class MtpCommit(Protocol):
         Args:
             pool: written in place; a pool of None is passed over.
             drafts: what the last verify kept.
-            metadata: of that verify.
+            metadata: of that verify. Without ``cu_seqlens`` the batch is as long as the shorter of
+                ``state_indices`` and ``last_accepted``: pad what is longer than the batch.
             last_accepted: [B] index of a draft in its chain or tree; -1 for none, the state
                 before the drafts.
             out_state_indices: [B] slots that receive the result instead: a copy, the sequence's
@@ -335,11 +342,13 @@ class GatedRmsNorm(Protocol):
     ) -> Tensor:
         """Return ``x / sqrt(mean(x * x) + eps) * weight * activation(gate)``, in float32 inside.
 
-        An element of ``x`` that is zero gives zero whatever the gate holds, so padding stays zero.
+        A head of ``x`` that is all zeros gives zeros whatever the gate holds: padding stays zero.
+        The steps end with it where they are given a gate.
 
         Args:
             x: [T, HV, V] outputs of the recurrence.
-            gate: [T, HV, V], before ``spec.gate_activation``, any token and head stride.
+            gate: [T, HV, V] or flat [T, HV * V], before ``spec.gate_activation``. Any token and
+                head stride.
             weight: [V].
             eps: added to the mean square.
             out: [T, HV, V]; may be ``x``.
@@ -356,7 +365,8 @@ class PlanPrefill(Protocol):
     def __call__(self, metadata: PrefillMetadata) -> None:
         """Store a plan on ``metadata``; called again, refill the same tensors in place.
 
-        Call it when the contents of ``metadata`` change: a plan is used as it is.
+        Call it again when the contents of ``metadata`` change: a plan is used as it is, and a stale
+        one gives wrong results where nothing is checked.
         """
         ...
 
@@ -386,8 +396,10 @@ class PrefillStep(Protocol):
             params: the layer's parameters.
             pool: both states, advanced in place.
             metadata: as :class:`Conv1dPrefill` and :class:`ChunkPrefill` take it.
-            checkpoint_state: as :class:`ChunkPrefill` takes it; windows still go to slots.
-            gate: [T, HV, V]; applies the gated RMSNorm, which needs ``params.norm_weight``.
+            checkpoint_state: as :class:`ChunkPrefill` takes it; its rows are no slots, so no window
+                is kept where it is given.
+            gate: [T, HV, V] or [T, HV * V]; applies the gated RMSNorm, which needs
+                ``params.norm_weight``.
             out: [T, HV, V].
 
         Returns:
@@ -422,7 +434,8 @@ class DecodeStep(Protocol):
             pool: both states, advanced in place.
             state_indices: [B] slots read, and written unless ``out_state_indices`` is given.
             out_state_indices: [B] slots written instead.
-            gate: [B, HV, V]; applies the gated RMSNorm, which needs ``params.norm_weight``.
+            gate: [B, HV, V] or [B, HV * V]; applies the gated RMSNorm, which needs
+                ``params.norm_weight``.
             out: [B, HV, V].
 
         Returns:
@@ -457,7 +470,8 @@ class VerifyStep(Protocol):
             pool: both states.
             metadata: the batch.
             drafts: names the protocol; None is the slot table.
-            gate: [T, HV, V]; applies the gated RMSNorm, which needs ``params.norm_weight``.
+            gate: [T, HV, V] or [T, HV * V]; applies the gated RMSNorm, which needs
+                ``params.norm_weight``.
             out: [T, HV, V].
 
         Returns:

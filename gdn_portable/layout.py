@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layout adapters: a kernel's layout seen through transposed views of the engine's pools.
+"""Layout adapters: kernels are passed [slots, HV, V, K] and [slots, D, L], whatever is kept.
 
-An adapter copies nothing, so in place stays in place, and there is none where the layouts agree.
+An engine that keeps the axes the other way round is served through transposed views. They copy
+nothing, so in place stays in place; where the layouts agree there is no adapter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from gdn_portable.backend import Kernel, Launcher
+from gdn_portable.backend import Launcher
 from gdn_portable.metadata import SnapshotDrafts
-from gdn_portable.spec import GdnSpec, Op
+from gdn_portable.spec import ConvLayout, GdnSpec, Op, StateLayout
 from gdn_portable.state import StatePool
 
 # the arguments of each op that hold states, with their position where they have one
@@ -35,11 +36,11 @@ CONV_OPS = (Op.CONV1D_PREFILL, Op.CONV1D_UPDATE, Op.CONV1D_VERIFY)
 RULE_OPS = (Op.CHUNK_PREFILL, Op.RECURRENT_DECODE, Op.MTP_VERIFY)
 
 
-def adapt(launch: Launcher, kernel: Kernel, spec: GdnSpec) -> Launcher:
-    """Return ``launch`` taking states in the layouts of ``spec``."""
-    arguments = STATE_ARGUMENTS.get(kernel.op, {})
-    turns_state = kernel.op not in CONV_OPS and _differ(spec.state_layout, kernel.state_layouts)
-    turns_conv = kernel.op not in RULE_OPS and _differ(spec.conv_layout, kernel.conv_layouts)
+def adapt(launch: Launcher, op: Op, spec: GdnSpec) -> Launcher:
+    """Return ``launch`` of ``op`` taking states in the layouts of ``spec``."""
+    arguments = STATE_ARGUMENTS.get(op, {})
+    turns_state = op not in CONV_OPS and spec.state_layout is StateLayout.KV
+    turns_conv = op not in RULE_OPS and spec.conv_layout is ConvLayout.LEN_FIRST
     if not arguments or not (turns_state or turns_conv):
         return launch
 
@@ -61,10 +62,6 @@ def adapt(launch: Launcher, kernel: Kernel, spec: GdnSpec) -> Launcher:
         return launch(*values, **kwargs)
 
     return launch_on_views
-
-
-def _differ(engine: object, kernel: Collection[object] | None) -> bool:
-    return kernel is not None and engine not in kernel
 
 
 def _swapped(pool: Tensor | None, turns: bool) -> Tensor | None:

@@ -55,7 +55,8 @@ class PrefillMetadata:
             state and window are kept as well; 0 is the initial state, negative keeps none.
         checkpoint_indices: [N] where they are kept: the slot of both pools, or for the state the
             row of ``checkpoint_state`` when ``chunk_prefill`` is given one.
-        seq_lens_cpu: [N] the lengths on the host: a hint for choosing a kernel, never needed.
+        seq_lens_cpu: [N] the lengths on the host: a hint for choosing a kernel, never needed. What
+            it says has to be true; of a captured graph, at least as long as any replay's.
         plan: what ``plan_prefill`` stored; belongs to the backend. Where it has ``cu_seqlens``,
             the checks compare them with those above.
     """

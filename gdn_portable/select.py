@@ -41,9 +41,9 @@ def bind(
 ) -> GdnOps:
     """Return the ops for ``spec`` on ``device``, ready to call.
 
-    Without ``backend`` and ``kernels`` the environment variable ``GDN_PORTABLE_KERNELS`` is read:
-    a comma-separated list of a backend's name and of ``op=kernel`` pairs, for example
-    ``reference`` or ``chunk_prefill=reference.chunk_prefill``.
+    Unless ``backend`` is given, the environment variable ``GDN_PORTABLE_KERNELS`` is read: a
+    comma-separated list of a backend's name and of ``op=kernel`` pairs, for example ``reference``
+    or ``chunk_prefill=reference.chunk_prefill``; ``kernels`` goes before it.
 
     Args:
         spec: the layer, as one rank sees it.
@@ -51,26 +51,30 @@ def bind(
         backend: name of the backend to use; by default the one for the device's vendor.
         kernels: kernels to use for single ops, by name, from any backend.
         check: validate the arguments of every call before anything is written. It reads index
-            tensors on the host, so on a GPU it synchronises. None: on a CPU only.
+            tensors on the host, so on a GPU it synchronises. None: on a CPU only. Without it a
+            call adds no Python frame to the kernel's launcher, or one where a layout is adapted.
         deterministic: pin tilings and choice so that results do not depend on the batch.
 
     Raises:
+        InputError: there is no such device.
         UnknownBackendError: a backend, op or kernel that was named does not exist.
         UnsupportedError: an op has no kernel that is able; every kernel's reasons are given.
     """
     facts = detect_device(device)
+    chosen = _choose(_ladders(facts, backend, kernels), spec, facts)
     launchers: dict[Op, Launcher] = {}
-    names: dict[Op, str] = {}
-    for op, ladder in _ladders(facts, backend, kernels).items():
-        if ladder or op not in steps.COMPOSED:
-            kernel = _first_able(op, ladder, spec, facts)
-            launcher = kernel.load(spec, facts, deterministic=deterministic)
-            launchers[op], names[op] = adapt(launcher, kernel, spec), kernel.name
+    for op, kernel in chosen.items():
+        if kernel is steps.COMPOSED.get(op):
+            launchers[op] = steps.compose(op, spec, launchers)
         else:
-            launchers[op], names[op] = steps.compose(op, spec, launchers), _composed(op)
+            launcher = kernel.load(spec, facts, deterministic=deterministic)
+            launchers[op] = adapt(launcher, op, spec)
+    names = {op: kernel.name for op, kernel in chosen.items()}
 
     warm = partial(warmup, spec, facts, dict(launchers))
-    if facts.kind == "cpu" if check is None else check:
+    if check is None:
+        check = facts.kind == "cpu"
+    if check:
         from gdn_portable.checks import checked
 
         launchers = {op: checked(op, launch, spec, facts) for op, launch in launchers.items()}
@@ -114,13 +118,11 @@ def explain(
     facts = detect_device(device)
     choices: list[Choice] = []
     for op, ladder in _ladders(facts, backend, kernels).items():
-        taken = False
-        for kernel in ladder:
-            reasons = tuple(kernel.reasons(spec, facts))
-            choices.append(Choice(op, kernel.name, not taken and not reasons, reasons))
-            taken = taken or not reasons
-        if not ladder and op in steps.COMPOSED:
-            choices.append(Choice(op, _composed(op), True, ()))
+        first = _first_able(ladder, spec, facts)
+        choices += [
+            Choice(op, kernel.name, kernel is first, tuple(kernel.reasons(spec, facts)))
+            for kernel in ladder
+        ]
     return tuple(choices)
 
 
@@ -128,36 +130,65 @@ def _ladders(
     device: Device, backend: str | None, kernels: Mapping[Op | str, str] | None
 ) -> dict[Op, tuple[Kernel, ...]]:
     """Return the kernels to consider for each op, in order, with overrides applied."""
-    if backend is None and not kernels:
-        backend, kernels = _read_override(os.environ.get(OVERRIDE_VARIABLE, ""))
+    named = dict(kernels or {})
+    if backend is None:
+        backend, from_environment = _read_override(os.environ.get(OVERRIDE_VARIABLE, ""))
+        named = {**from_environment, **named}
     table = get_backend(backend or default_backend(device))
     ladders = {op: _kernels_of(table, op) for op in Op}
-    for name, kernel in (kernels or {}).items():
+    for op, step in steps.COMPOSED.items():
+        ladders[op] += (step,)
+    for name, kernel in named.items():
         op = _op(name)
-        composed = op in steps.COMPOSED and kernel == _composed(op)
-        ladders[op] = () if composed else (_find_kernel(kernel, op),)
+        ladders[op] = (_find_kernel(kernel, op),)
     return ladders
 
 
-def _composed(op: Op) -> str:
-    return f"composed.{op.value}"
+def _choose(
+    ladders: Mapping[Op, tuple[Kernel, ...]], spec: GdnSpec, device: Device
+) -> dict[Op, Kernel]:
+    """Return the first able kernel of each op, or raise with every reason of every kernel."""
+    chosen: dict[Op, Kernel] = {}
+    rejected: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for op, ladder in ladders.items():
+        kernel = _first_able(ladder, spec, device)
+        if kernel is not None:
+            chosen[op] = kernel
+            continue
+        lines.append(f"no kernel can serve {op.value} on {device} for {spec}")
+        for refused in ladder:
+            rejected[refused.name] = refused.reasons(spec, device)
+            lines += [f"  {refused.name}:", *(f"    - {r}" for r in rejected[refused.name])]
+        if not ladder:
+            lines.append("  the backend declares none")
+    if lines:
+        raise UnsupportedError("\n".join(lines), rejected)
+    return chosen
+
+
+def _first_able(ladder: tuple[Kernel, ...], spec: GdnSpec, device: Device) -> Kernel | None:
+    return next((kernel for kernel in ladder if not kernel.reasons(spec, device)), None)
 
 
 def detect_device(device: AnyDevice) -> Device:
-    """Return the facts about a device: NVIDIA and AMD are told apart, the architecture named."""
+    """Return the facts about a device: NVIDIA and AMD are told apart, the architecture named.
+
+    Raises:
+        InputError: torch knows no such device, or it is not here.
+    """
     if isinstance(device, Device):
         return device
     try:
         device = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(
-            f"device is {device!r}, needs a torch device: cpu, cuda, cuda:1"
-        ) from error
-    if device.type == "cpu":
-        return Device("cpu", "cpu")
-    if device.type != "cuda":
-        return Device(device.type, device.type, device.index)
-    properties = torch.cuda.get_device_properties(device)
+        if device.type == "cpu":
+            return Device("cpu", "cpu")
+        if device.type != "cuda":
+            return Device(device.type, device.type, device.index)
+        properties = torch.cuda.get_device_properties(device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device is {device!r}, needs one that torch can use: {reason}") from error
     if torch.version.hip:
         return Device("rocm", properties.gcnArchName.partition(":")[0], device.index)
     return Device("cuda", f"sm{properties.major}{properties.minor}", device.index)
@@ -172,7 +203,10 @@ def get_backend(name: str) -> Backend:
     plugins = _plugins()
     if name not in plugins:
         raise _unknown("backend", name, {*BUILTIN, *plugins})
-    plugin: Backend = plugins[name].load()
+    try:
+        plugin: Backend = plugins[name].load()
+    except (ImportError, AttributeError) as error:
+        raise UnknownBackendError(f"backend {name!r} cannot be loaded: {error}") from error
     return plugin
 
 
@@ -200,21 +234,6 @@ def _kernels_of(table: Backend, op: Op) -> tuple[Kernel, ...]:
     return tuple(kernel for kernel in table.kernels if kernel.op is op)
 
 
-def _first_able(op: Op, ladder: tuple[Kernel, ...], spec: GdnSpec, device: Device) -> Kernel:
-    rejected: dict[str, list[str]] = {}
-    for kernel in ladder:
-        reasons = kernel.reasons(spec, device)
-        if not reasons:
-            return kernel
-        rejected[kernel.name] = reasons
-    lines = [f"no kernel can serve {op.value} on {device} for {spec}"]
-    for name, reasons in rejected.items():
-        lines += [f"  {name}:", *(f"    - {reason}" for reason in reasons)]
-    if not rejected:
-        lines += ["  the backend declares none"]
-    raise UnsupportedError("\n".join(lines), rejected)
-
-
 def _read_override(text: str) -> tuple[str | None, dict[Op | str, str]]:
     backend, kernels = None, dict[Op | str, str]()
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -234,12 +253,15 @@ def _op(name: Op | str) -> Op:
 
 
 def _find_kernel(name: str, op: Op) -> Kernel:
+    step = steps.COMPOSED.get(op)
+    if step is not None and step.name == name:
+        return step
     # plugins are looked up only for a name that no built-in backend has
     found = _kernel_of(BUILTIN, op, name) or _kernel_of(_plugins(), op, name)
     if found is None:
         tables = map(get_backend, backend_names())
         known = {kernel.name for table in tables for kernel in _kernels_of(table, op)}
-        raise _unknown(f"{op.value} kernel", name, known)
+        raise _unknown(f"{op.value} kernel", name, known | ({step.name} if step else set()))
     return found
 
 

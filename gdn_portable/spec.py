@@ -62,8 +62,12 @@ class Device:
     """The facts about a device that a choice of kernel depends on."""
 
     kind: str  # "cpu", "cuda" for NVIDIA, "rocm" for AMD, else torch's device type
-    arch: str  # "sm90", "gfx942", ...; the kind where there is nothing finer
+    arch: str = ""  # "sm90", "gfx942", ...; the kind where there is nothing finer
     index: int | None = None
+
+    def __post_init__(self) -> None:
+        """Take the kind where no architecture is named."""
+        object.__setattr__(self, "arch", self.arch or self.kind)
 
     def __str__(self) -> str:
         """Name the device as reports do, for example ``cuda:0 (sm90)``."""
@@ -77,7 +81,7 @@ def torch_device(device: Device) -> torch.device:
     return torch.device(kind) if device.index is None else torch.device(kind, device.index)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class GdnSpec:
     """A Gated DeltaNet layer as one tensor-parallel rank sees it.
 

@@ -76,16 +76,26 @@ class StatePool:
         """Bytes that one sequence's states take, padding between slots not counted."""
         return sum(pool[0].numel() * pool.element_size() for pool in self._pools())
 
-    def reset(self, slots: Slots) -> None:
-        """Zero the states of ``slots``; the others are not touched."""
-        index = self._index("slots", slots)
+    def reset(self, slots: Slots | None = None) -> None:
+        """Zero the states of ``slots``, all where None; the others are not touched.
+
+        Slots are checked on the host, so those of a GPU are waited for.
+
+        Raises:
+            InputError: a slot does not exist; negative ones are no padding here.
+        """
+        index = self._index("slots", range(self.num_slots) if slots is None else slots)
         for pool in self._pools():
             pool[index] = 0
 
     def copy(self, source: Slots, target: Slots) -> None:
         """Copy the states of slot ``source[i]`` to slot ``target[i]``: forks and relocations.
 
-        All sources are read before any target is written, so slots may change places.
+        All sources are read before any target is written, so slots may change places. Slots are
+        checked on the host, so those of a GPU are waited for.
+
+        Raises:
+            InputError: a slot does not exist, a target is named twice, or the lengths differ.
         """
         sources, targets = self._index("source", source), self._index("target", target)
         if len(sources) != len(targets):

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from gdn_portable.backend import Kernel
 from gdn_portable.errors import InputError
 from gdn_portable.interface import (
     ChunkPrefill,
@@ -45,8 +47,11 @@ def prefill_step(
     """Run a layer's prefill."""
     conv_state, state = _both(pool)
     _check_gate(gate, params)
+    windows = metadata
+    if checkpoint_state is not None:  # its rows are no slots: no window is kept
+        windows = replace(metadata, checkpoint_offsets=None, checkpoint_indices=None)
     mixed = conv1d_prefill(
-        mixed_qkv, params.conv_weight, params.conv_bias, conv_state, metadata=metadata
+        mixed_qkv, params.conv_weight, params.conv_bias, conv_state, metadata=windows
     )
     q, k, v = split_qkv(spec, mixed)
     g, beta = gating(a, b, params.A_log, params.dt_bias)
@@ -146,7 +151,7 @@ def verify_step(
     return _gated(o, gate, params, gated_rms_norm, out)
 
 
-COMPOSED: Mapping[Op, tuple[Callable[..., Tensor], tuple[Op, ...]]] = {
+PARTS: Mapping[Op, tuple[Callable[..., Tensor], tuple[Op, ...]]] = {
     Op.PREFILL_STEP: (
         prefill_step,
         (Op.CONV1D_PREFILL, Op.GATING, Op.CHUNK_PREFILL, Op.GATED_RMS_NORM),
@@ -154,11 +159,28 @@ COMPOSED: Mapping[Op, tuple[Callable[..., Tensor], tuple[Op, ...]]] = {
     Op.DECODE_STEP: (decode_step, (Op.CONV1D_UPDATE, Op.RECURRENT_DECODE, Op.GATED_RMS_NORM)),
     Op.VERIFY_STEP: (verify_step, (Op.CONV1D_VERIFY, Op.MTP_VERIFY, Op.GATED_RMS_NORM)),
 }
+# what every table ends with: a composed step is able wherever its parts are
+COMPOSED = {
+    op: Kernel(
+        op=op,
+        name=f"composed.{op.value}",
+        target=f"gdn_portable.steps:{op.value}",
+        probe=None,
+        devices=None,
+        archs=None,
+        dtypes=None,
+        state_dtypes=None,
+        head_dims=None,
+        state_layouts=None,
+        conv_layouts=None,
+    )
+    for op in PARTS
+}
 
 
 def compose(op: Op, spec: GdnSpec, launchers: Mapping[Op, Callable[..., Any]]) -> Any:
     """Return the step ``op`` made of ``launchers``."""
-    step, parts = COMPOSED[op]
+    step, parts = PARTS[op]
     return partial(step, spec=spec, **{part.value: launchers[part] for part in parts})
 
 

@@ -35,18 +35,6 @@ def kernel_of(op: Op, name: str, launch: Launcher) -> Kernel:
     return replace(reference_kernel(Op.GATING), op=op, name=name, target=make)
 
 
-def canonical_kernel(op: Op) -> Kernel:
-    """Declare the reference's ``op`` as one that takes only VK states and DIM_FIRST windows."""
-
-    def make(spec: GdnSpec, device: Device, *, deterministic: bool) -> Launcher:
-        spec = replace(spec, state_layout=StateLayout.VK, conv_layout=ConvLayout.DIM_FIRST)
-        return reference_kernel(op).load(spec, device, deterministic=deterministic)
-
-    return in_canonical_layouts(
-        replace(reference_kernel(op), name=f"canonical.{op.value}", target=make)
-    )
-
-
 def in_canonical_layouts(kernel: Kernel) -> Kernel:
     """Restrict ``kernel`` to VK states and DIM_FIRST windows."""
     return replace(kernel, state_layouts=(StateLayout.VK,), conv_layouts=(ConvLayout.DIM_FIRST,))

@@ -7,6 +7,8 @@ is given in place and returns a new float64 output. It shares no code with the l
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -184,14 +186,17 @@ def gated_rms_norm(spec, x, gate, weight, *, eps=1e-6):
             row, z = x[t, j].double(), gate[t, j].double()
             normed = row / torch.sqrt((row * row).mean() + eps) * weight.double()
             opened = torch.sigmoid(z) * (z if spec.gate_activation == "silu" else 1)
-            out[t, j] = torch.where(row == 0, 0.0, normed * opened)
+            out[t, j] = normed * opened if row.any() else 0
     return out
 
 
 def prefill_step(
     spec, mixed_qkv, a, b, params, pool, *, metadata, checkpoint_state=None, gate=None
 ):
-    x = conv1d_prefill(spec, mixed_qkv, *conv(params), pool.conv_state, metadata=metadata)
+    windows = metadata
+    if checkpoint_state is not None:
+        windows = replace(metadata, checkpoint_offsets=None, checkpoint_indices=None)
+    x = conv1d_prefill(spec, mixed_qkv, *conv(params), pool.conv_state, metadata=windows)
     g, beta = gating(spec, a, b, params.A_log, params.dt_bias)
     batch = {"metadata": metadata, "checkpoint_state": checkpoint_state}
     return norm(

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from gdn_portable import ConvLayout, GdnOps, GdnSpec, StateLayout, bind
+from gdn_portable import (
+    ConvLayout,
+    GdnOps,
+    GdnSpec,
+    PrefillMetadata,
+    StateLayout,
+    StatePool,
+    bind,
+)
 from gdn_portable.testing import Case, cases
 
 SPEC = GdnSpec(
@@ -132,3 +140,25 @@ def test_a_kernel_with_a_truncated_series_for_the_inverse_fails() -> None:
 
     with pytest.raises(AssertionError):
         case.check(_replaced(ops, chunk_prefill=neumann))
+
+
+@pytest.mark.parametrize("strong", [-1e2, -1e4, -torch.inf])
+def test_one_strong_decay_does_not_blur_the_weak_ones_beside_it(strong: float) -> None:
+    spec = dataclasses.replace(SPEC, dtype=torch.float32, num_k_heads=1, num_v_heads=1)
+    ops, generator = bind(spec, "cpu"), torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(40, 1, n, generator=generator) for n in (16, 16, 8))
+    g, beta = torch.full((40, 1), -1e-3), torch.rand(40, 1, generator=generator)
+    g[10] = strong
+    whole, split = (StatePool.allocate(spec, 1, "cpu") for _ in range(2))
+
+    def prefill(pool: StatePool, tokens: slice) -> torch.Tensor:
+        rows = (x[tokens] for x in (q, k, v, g, beta))
+        metadata = PrefillMetadata(torch.tensor([0, len(q[tokens])]), torch.tensor([0]))
+        return ops.chunk_prefill(*rows, pool.state, metadata=metadata)
+
+    out = prefill(whole, slice(0, 40))
+    prefill(split, slice(0, 11))
+    split_out = prefill(split, slice(11, 40))
+
+    torch.testing.assert_close(out[11:], split_out, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(whole.state, split.state, rtol=1e-5, atol=1e-6)

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from gdn_portable import Device, detect_device
+from gdn_portable import Device, InputError, detect_device
 from tests.fakes import CPU, MI300
 
 
@@ -53,3 +54,14 @@ def test_the_facts_of_a_device_are_taken_as_they_are() -> None:
 )
 def test_a_device_is_named_as_reports_do(device: Device, name: str) -> None:
     assert str(device) == name
+
+
+@pytest.mark.parametrize("kind", ["cpu", "xpu"])
+def test_a_device_without_an_architecture_has_its_kind_for_one(kind: str) -> None:
+    assert Device(kind).arch == kind
+
+
+@pytest.mark.parametrize("device", ["rocm", "cuda:99", None, 3.5])
+def test_a_device_that_torch_cannot_use_is_one_clear_error(device: Any) -> None:
+    with pytest.raises(InputError, match="needs one that torch can use: "):
+        detect_device(device)

@@ -29,9 +29,6 @@ from gdn_portable import (
 from gdn_portable.layout import STATE_ARGUMENTS
 from tests.fakes import (
     backend_of,
-    bare_backend_of,
-    canonical_kernel,
-    in_canonical_layouts,
     install,
     kernel_of,
 )
@@ -81,9 +78,9 @@ class Recorder:
 
 
 def _recorded(monkeypatch: pytest.MonkeyPatch, op: Op, spec: GdnSpec) -> tuple[Recorder, Any]:
-    """Return a recorder and the op of ``spec`` bound to it, as a VK and DIM_FIRST kernel."""
+    """Return a recorder and the op of ``spec`` bound to it."""
     recorder = Recorder()
-    kernel = in_canonical_layouts(kernel_of(op, "recorder", recorder))
+    kernel = kernel_of(op, "recorder", recorder)
     ops = bind(spec, "cpu", backend=install(monkeypatch, backend_of(kernel)))
     return recorder, getattr(ops, op.value)
 
@@ -195,18 +192,6 @@ def test_no_adapter_is_inserted_for_a_layout_that_the_op_does_not_touch(
     assert launch is recorder
 
 
-def test_a_kernel_that_takes_every_layout_gets_no_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder()
-    kernel = replace(
-        kernel_of(Op.RECURRENT_DECODE, "recorder", recorder), state_layouts=tuple(StateLayout)
-    )
-    name = install(monkeypatch, backend_of(kernel))
-
-    launch: object = bind(TURNED, "cpu", backend=name).recurrent_decode
-
-    assert launch is recorder
-
-
 @pytest.mark.parametrize(
     ("turned", "same"),
     [("conv_state", "state"), ("state", "conv_state")],
@@ -245,23 +230,18 @@ def test_what_has_no_layout_is_passed_as_it_is(monkeypatch: pytest.MonkeyPatch) 
 
 
 @LAYOUTS
-def test_adapted_kernels_give_the_results_of_those_that_know_the_layout(
-    monkeypatch: pytest.MonkeyPatch, spec: GdnSpec
-) -> None:
-    canonical = [canonical_kernel(op) for op in STATE_ARGUMENTS if not op.value.endswith("_step")]
-    name = install(monkeypatch, bare_backend_of(*canonical))
-    expected_pool = StatePool.allocate(spec, 4, "cpu")
+def test_every_layout_gives_the_same_results(spec: GdnSpec) -> None:
+    expected_pool = StatePool.allocate(SPEC, 4, "cpu")
     pool = StatePool.allocate(spec, 4, "cpu")
 
-    expected = _run_every_step(bind(spec, "cpu"), expected_pool)
-    outputs = _run_every_step(bind(spec, "cpu", backend=name), pool)
+    expected = _run_every_step(bind(SPEC, "cpu"), expected_pool)
+    results = _run_every_step(bind(spec, "cpu"), pool)
 
-    torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
-    torch.testing.assert_close(_tensors(pool), _tensors(expected_pool), rtol=0, atol=0)
+    torch.testing.assert_close(results, expected, rtol=0, atol=0)
 
 
 def _run_every_step(ops: GdnOps, pool: StatePool) -> list[Tensor]:
-    """Return the outputs of prefill, decode and verify, and what was kept beside the pool."""
+    """Return the outputs of prefill, decode and verify, and all states as VK and DIM_FIRST."""
     spec, generator = ops.spec, torch.Generator().manual_seed(0)
     draw = partial(torch.randn, generator=generator)
     params = GdnParams(
@@ -285,7 +265,13 @@ def _run_every_step(ops: GdnOps, pool: StatePool) -> list[Tensor]:
         ops.verify_step(*verify, params, pool, metadata=drafted, drafts=drafts),
     ]
     ops.mtp_commit(pool, drafts, metadata=drafted, last_accepted=last)
-    return outputs + _tensors(drafts)
+    turns = (spec.conv_layout is ConvLayout.LEN_FIRST, spec.state_layout is StateLayout.KV)
+    kept = [
+        tensor.mT if turn else tensor
+        for holder in (drafts, pool)
+        for tensor, turn in zip(_tensors(holder), turns, strict=True)
+    ]
+    return outputs + kept
 
 
 def test_every_op_of_the_bound_object_was_considered() -> None:

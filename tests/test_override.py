@@ -164,7 +164,6 @@ def test_an_argument_wins_over_the_environment(
     ops = bind(SPEC, "cpu", backend=backend, kernels=kernels)
 
     assert ops.kernels[Op.GATING] == "reference.gating"
-    assert ops.kernels[Op.RECURRENT_DECODE] == "reference.recurrent_decode"
 
 
 @pytest.mark.parametrize(
@@ -242,3 +241,21 @@ def test_a_plugin_that_fails_to_import_is_not_passed_over(plugin: None, tmp_path
 
     with pytest.raises(ZeroDivisionError, match="broken plugin"):
         bind(SPEC, "cpu", backend="vendor")
+
+
+def test_a_plugin_that_cannot_be_imported_says_so(plugin: None, tmp_path: Path) -> None:
+    (tmp_path / "gdn_vendor_plugin.py").write_text("import a_library_that_is_not_here\n")
+
+    with pytest.raises(UnknownBackendError, match="backend 'vendor' cannot be loaded: No module"):
+        bind(SPEC, "cpu", backend="vendor")
+
+
+def test_the_environment_is_merged_under_the_argument(
+    monkeypatch: pytest.MonkeyPatch, fake: str
+) -> None:
+    monkeypatch.setenv("GDN_PORTABLE_KERNELS", "recurrent_decode=reference.recurrent_decode")
+
+    ops = bind(SPEC, "cpu", kernels={"decode_step": "composed.decode_step"})
+
+    assert ops.kernels[Op.RECURRENT_DECODE] == "reference.recurrent_decode"
+    assert ops.kernels[Op.DECODE_STEP] == "composed.decode_step"

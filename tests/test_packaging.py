@@ -18,7 +18,7 @@ import pytest
 import gdn_portable
 from gdn_portable import GdnOps, Op
 from gdn_portable.reference import BACKEND as REFERENCE
-from gdn_portable.steps import COMPOSED
+from gdn_portable.steps import PARTS
 
 ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "gdn_portable").rglob("*.py"))
@@ -180,9 +180,9 @@ def test_the_reference_has_the_parameters_of_the_contract_after_the_spec(op: Op)
     assert rest == _contract(op)
 
 
-@pytest.mark.parametrize("op", COMPOSED, ids=str)
+@pytest.mark.parametrize("op", PARTS, ids=str)
 def test_a_composed_step_has_the_parameters_of_the_contract_and_then_its_parts(op: Op) -> None:
-    step, parts = COMPOSED[op]
+    step, parts = PARTS[op]
     contract = _contract(op)
 
     parameters = _parameters(step)
@@ -194,7 +194,7 @@ def test_a_composed_step_has_the_parameters_of_the_contract_and_then_its_parts(o
 def test_the_reference_or_a_composition_serves_every_op() -> None:
     served = [kernel.op for kernel in REFERENCE.kernels]
 
-    assert sorted([*served, *COMPOSED]) == sorted(Op)
+    assert sorted([*served, *PARTS]) == sorted(Op)
 
 
 @pytest.mark.parametrize("op", Op, ids=str)

@@ -325,7 +325,7 @@ def test_planned_step_with_a_gate_joins_the_ops(paged, gate_activation):
     )
 
 
-def test_step_keeps_states_in_checkpoint_state_and_windows_in_slots():
+def test_step_keeps_states_in_checkpoint_state_and_no_window():
     rng = generator()
     states = pool(SPEC, rng, 5, live=[0])
     metadata = PrefillMetadata(

@@ -18,6 +18,7 @@ import torch
 
 from gdn_portable import (
     Backend,
+    ConvLayout,
     Device,
     GdnSpec,
     Kernel,
@@ -257,14 +258,56 @@ def test_a_declared_step_replaces_the_composed_one(monkeypatch: pytest.MonkeyPat
     assert ops.decode_step(None, None, None, None, None, state_indices=None) == "fused"  # type: ignore[arg-type]
 
 
-def test_a_declared_step_that_is_unable_is_reported_and_not_composed(
+def test_every_table_ends_with_the_composed_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = kernel_of(Op.DECODE_STEP, "fused.decode_step", lambda: None)
+    name = install(monkeypatch, backend_of(replace(fused, devices=("cuda",))))
+
+    ops = bind(SPEC, "cpu", backend=name)
+    choices = [c for c in explain(SPEC, "cpu", backend=name) if c.op is Op.DECODE_STEP]
+
+    assert ops.kernels[Op.DECODE_STEP] == "composed.decode_step"
+    assert [(choice.kernel, choice.chosen, choice.reasons) for choice in choices] == [
+        ("fused.decode_step", False, ("device is cpu, needs cuda",)),
+        ("composed.decode_step", True, ()),
+    ]
+
+
+def test_a_named_step_that_is_unable_is_refused_and_not_composed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fused = kernel_of(Op.DECODE_STEP, "fused.decode_step", lambda: None)
     name = install(monkeypatch, backend_of(replace(fused, devices=("cuda",))))
 
     with pytest.raises(UnsupportedError, match="device is cpu, needs cuda"):
+        bind(SPEC, "cpu", backend=name, kernels={"decode_step": "fused.decode_step"})
+
+
+def test_every_op_without_a_kernel_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = install(monkeypatch, Backend(name="fake", devices=None, kernels=()))
+
+    with pytest.raises(UnsupportedError) as caught:
         bind(SPEC, "cpu", backend=name)
+
+    missing = [op for op in Op if f"no kernel can serve {op.value} on" in str(caught.value)]
+    assert missing == [op for op in Op if not op.value.endswith("_step")]
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (replace(SPEC, state_layout=StateLayout.KV), "state layout is KV, needs VK"),
+        (
+            replace(SPEC, conv_layout=ConvLayout.LEN_FIRST),
+            "conv layout is LEN_FIRST, needs DIM_FIRST",
+        ),
+    ],
+    ids=["KV", "LEN_FIRST"],
+)
+def test_a_kernel_that_cannot_read_the_engines_memory_refuses(spec: GdnSpec, reason: str) -> None:
+    kernel = in_canonical_layouts(kernel_of(Op.RECURRENT_DECODE, "dense.decode", lambda: None))
+
+    assert kernel.reasons(spec, CPU) == [reason]
+    assert kernel.reasons(SPEC, CPU) == []
 
 
 @pytest.mark.parametrize("where", ["target", "probe", "refuse"])
@@ -344,7 +387,7 @@ def test_a_bound_call_adds_no_frame_and_an_adapter_one(
     def launch(*args: object, **kwargs: object) -> None:
         return None
 
-    kernel = in_canonical_layouts(kernel_of(Op.RECURRENT_DECODE, "frames.decode", launch))
+    kernel = kernel_of(Op.RECURRENT_DECODE, "frames.decode", launch)
     name = install(monkeypatch, backend_of(kernel))
     ops = bind(replace(SPEC, state_layout=state_layout), "cpu", backend=name)
     x, slots = torch.zeros(2, 2), torch.tensor([0])

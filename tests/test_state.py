@@ -338,3 +338,14 @@ def test_a_step_reports_the_state_that_a_pool_lacks(pool: StatePool, missing: st
 
     with pytest.raises(InputError, match=rf"pool\.{missing} is None, needs"):
         ops.decode_step(x, a, a, params, pool, state_indices=torch.tensor([0]))
+
+
+def test_reset_without_slots_zeroes_them_all() -> None:
+    pool = StatePool.allocate(SPEC, 3, "cpu", paged=True)
+    assert pool.conv_state is not None and pool.state is not None
+    pool.conv_state.fill_(1)
+    pool.state.fill_(1)
+
+    pool.reset()
+
+    assert not pool.conv_state.any() and not pool.state.any()

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from gdn_portable import bind
 from tests.calls import (
     CASES,
     COMMITS,
@@ -239,3 +241,24 @@ def test_snapshots_may_have_more_steps_and_rows_than_needed() -> None:
     assert torch.equal(roomy[1, :3], plain["drafts"].state[1])
     assert torch.equal(roomy[0, :2], plain["drafts"].state[0, :2])
     assert not roomy[2:].any()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "gate" in call_of(case)])
+def test_a_gate_may_be_flat(case: str) -> None:
+    one, other = call_of(case), call_of(case)
+
+    _same(case, one, {**other, "gate": other["gate"].flatten(1)})
+
+
+def test_a_checked_op_shows_the_signature_of_the_contract() -> None:
+    parameters = inspect.signature(bind(SPEC, "cpu").conv1d_update).parameters
+
+    assert [*parameters] == [
+        "x",
+        "weight",
+        "bias",
+        "conv_state",
+        "state_indices",
+        "out_state_indices",
+        "out",
+    ]

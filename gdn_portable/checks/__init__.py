@@ -53,6 +53,11 @@ def checked(op: Op, launch: Launcher, spec: GdnSpec, device: Device) -> Launcher
         _check(rules, op, signature.bind(None, *args, **kwargs).arguments)
         return launch(*args, **kwargs)
 
+    check_and_launch.__name__ = op.value
+    check_and_launch.__doc__ = _PROTOCOLS[op].__doc__
+    check_and_launch.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[p for name, p in signature.parameters.items() if name != "self"]
+    )
     return check_and_launch
 
 

@@ -60,7 +60,6 @@ def prefill(
         pad = rules.spec.pad_slot
         reads = [s if f else pad for s, f in zip(source, flags.tolist(), strict=False)]
     rules.exclusive(live, reads, target)
-    # a state may go to a buffer of its own, a window goes to a slot
     _checkpoints(
         rules,
         metadata,
@@ -70,7 +69,6 @@ def prefill(
         reads,
         slots,
         checkpoint_state,
-        keeps_windows=op is not Op.CHUNK_PREFILL or checkpoint_state is None,
     )
 
 
@@ -83,8 +81,6 @@ def _checkpoints(
     reads: list[int],
     slots: int,
     checkpoint_state: Tensor | None,
-    *,
-    keeps_windows: bool,
 ) -> None:
     missing = (metadata.checkpoint_offsets is None) + (metadata.checkpoint_indices is None)
     if missing == 1:
@@ -94,7 +90,7 @@ def _checkpoints(
     offsets = rules.indices("checkpoint_offsets", metadata.checkpoint_offsets, len(lengths))
     if checkpoint_state is not None:
         rules.state("checkpoint_state", checkpoint_state, rules.double_or_float())
-        slots = min(len(checkpoint_state), slots if keeps_windows else len(checkpoint_state))
+        slots = len(checkpoint_state)
     wanted = [on and offset >= 0 for on, offset in zip(live, offsets, strict=True)]
     where = rules.slots(
         "checkpoint_indices", metadata.checkpoint_indices, len(lengths), slots, wanted
@@ -107,7 +103,7 @@ def _checkpoints(
     pad = rules.spec.pad_slot if checkpoint_state is None else -1
     wanted = [on and row > pad for on, row in zip(wanted, where, strict=True)]
     rules.exclusive(wanted, [pad] * len(where), where, pad=pad)
-    if keeps_windows:
+    if checkpoint_state is None:
         used = {slot for slot, on in zip(target, live, strict=True) if on}
         used |= {slot for slot, on in zip(reads, live, strict=True) if on}
         for i, slot in enumerate(where):
@@ -295,7 +291,7 @@ def _tree(rules: Rules, metadata: VerifyMetadata, lengths: list[int], live: list
             continue  # filled from the links
         for i, row in enumerate(links[:B].tolist()):
             for t in range(lengths[i] if live[i] else 0):
-                low, high = (0, t - 1) if name == "parents" else (t + 1, lengths[i] - 1)
+                low, high = (0, t - 1) if name == "parents" else (t + 1, P - 1)
                 none = t == 0 if name == "parents" else row[t] == -1
                 if not none and not low <= row[t] <= high:
                     raise InputError(

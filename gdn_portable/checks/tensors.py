@@ -66,7 +66,10 @@ class Rules(NamedTuple):
                 dtypes = (self.spec.dtype,)
             elif name in ("g", "beta"):
                 dtypes = self.double_or_float()
-            self.tensor(name, value, shapes[name], sizes, dtypes)
+            letters = shapes[name]
+            if name == "gate" and isinstance(value, Tensor) and value.dim() == 2:
+                letters = "T HV*V"
+            self.tensor(name, value, letters, sizes, dtypes)
             if name in DENSE_VECTORS:
                 self.dense(name, value)
         out = arguments.get("out")
@@ -90,6 +93,7 @@ class Rules(NamedTuple):
             "HV": spec.num_v_heads,
             "K": spec.head_k_dim,
             "V": spec.head_v_dim,
+            "HV*V": spec.num_v_heads * spec.head_v_dim,
         }
 
     def tensor(

@@ -80,6 +80,8 @@ def demo(
     check_request(prompts, new_bytes)
     speculation = Speculation(protocol, max_drafts, branches)
     target = present_device(device)
+    # a model this small gains nothing from threads, and loses tenfold where they wait for a core
+    torch.set_num_threads(1)
     weights = load_model(model, target, dtype.torch, max_drafts=max(1, max_drafts))
     ops = bind(weights.spec, target, backend=backend)
     generators: dict[str, Generator] = {}

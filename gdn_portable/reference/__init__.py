@@ -3,7 +3,8 @@
 
 Any torch device, any strides, float32 inside (float64 where the spec names it). Outputs are
 differentiable in activations and parameters; states are constants. No op asks a GPU for a value.
-Every function is an op of :mod:`gdn_portable.interface` with the spec in front.
+Every function is an op of :mod:`gdn_portable.interface` with the spec in front, and takes states
+as [slots, HV, V, K] and [slots, D, L].
 """
 
 from __future__ import annotations

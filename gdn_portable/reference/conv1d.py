@@ -14,7 +14,6 @@ from gdn_portable.reference.slots import (
     Packed,
     checkpoints,
     decode_slots,
-    dim_first,
     finish,
     pack,
     prefill_slots,
@@ -49,7 +48,7 @@ def conv1d_prefill(
     if len(live) == 0:
         return finish(x, packed.owned, x.dtype, out)
     columns = spec.conv_width - 1
-    pool = dim_first(spec, conv_state)[..., :columns]
+    pool = conv_state[..., :columns]
     window = read(pool, source, live & ~fresh, spec.compute_dtype)
     inputs, firsts, rows = _with_windows(x, window, packed)
     taps = [inputs[i : len(inputs) - columns + i] for i in range(spec.conv_width)]
@@ -99,7 +98,7 @@ def conv1d_update(
 ) -> Tensor:
     """Convolve one token per sequence."""
     source, target, live = decode_slots(spec, len(x), state_indices, out_state_indices)
-    pool = dim_first(spec, conv_state)[..., : spec.conv_width - 1]
+    pool = conv_state[..., : spec.conv_width - 1]
     window = read(pool, source, live, spec.compute_dtype)
     taps = [*window.unbind(-1), x.to(spec.compute_dtype)]
     values = convolve(spec, taps, weight, bias)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gdn_portable.reference.math import gating, normalise, read_out, update
-from gdn_portable.reference.slots import decode_slots, finish, read, vk, write
+from gdn_portable.reference.slots import decode_slots, finish, read, write
 from gdn_portable.spec import GdnSpec
 
 
@@ -27,7 +27,7 @@ def recurrent_decode(
 ) -> Tensor:
     """Advance every sequence by one token."""
     source, target, live = decode_slots(spec, len(v), state_indices, out_state_indices)
-    pool = vk(spec, state)
+    pool = state
     g, beta = gating(spec, a, b, A_log, dt_bias)
     q, k = normalise(spec, q, k)
     S = read(pool, source, live, spec.compute_dtype)

@@ -72,9 +72,11 @@ def gated_rms_norm(
     out: Tensor | None = None,
 ) -> Tensor:
     """Normalise over V and gate."""
+    if gate.dim() == 2:
+        gate = gate.unflatten(-1, x.shape[-2:])
     dtype = spec.compute_dtype
     activation = silu if spec.gate_activation == "silu" else sigmoid
     values = x.to(dtype)
     values = values / (values.square().mean(-1, keepdim=True) + eps).sqrt() * weight.to(dtype)
     values = values * activation(gate.to(dtype))
-    return finish(values, x != 0, x.dtype, out)
+    return finish(values, (x != 0).any(-1), x.dtype, out)

@@ -18,7 +18,6 @@ from gdn_portable.reference.slots import (
     pack,
     prefill_slots,
     read,
-    vk,
     write,
 )
 from gdn_portable.spec import GdnSpec
@@ -50,12 +49,14 @@ def plan_prefill(spec: GdnSpec, metadata: PrefillMetadata) -> None:
 
 def _most_chunks(metadata: PrefillMetadata) -> int | None:
     """Return the chunks of the longest sequence, where the host can know them."""
-    if metadata.seq_lens_cpu is not None:
-        longest = max((int(length) for length in metadata.seq_lens_cpu), default=0)
-    elif metadata.cu_seqlens.device.type == "cpu" and len(metadata.cu_seqlens) > 1:
+    if len(metadata.cu_seqlens) < 2:
+        return 0
+    if metadata.cu_seqlens.device.type == "cpu":
         longest = int(metadata.cu_seqlens.diff().max())
+    elif metadata.seq_lens_cpu is not None:
+        longest = max(int(length) for length in metadata.seq_lens_cpu)
     else:
-        return 0 if len(metadata.cu_seqlens) < 2 else None
+        return None
     return -(-longest // CHUNK)
 
 
@@ -80,7 +81,7 @@ class _Chunks(NamedTuple):
 
     q: Tensor  # [C, K] times e^G
     k: Tensor  # [C, K]
-    G: Tensor  # [C] cumulative log decay
+    G: Tensor  # [C] cumulative log decay, float64
     attention: Tensor  # [C, C] (q k^T) decayed, causal
     u: Tensor  # [C, V] update values from a zero state
     w: Tensor  # [C, K] what to subtract from u per state
@@ -104,7 +105,7 @@ def chunk_prefill(
     packed = pack(metadata.cu_seqlens, live, len(v))
     if len(live) == 0:
         return finish(v, packed.owned, v.dtype, out)
-    pool = vk(spec, state)
+    pool = state
     tokens = _planned_tokens(metadata, len(v))
     chunks = _chunks(spec, q, k, v, g, beta, tokens)
     offsets, rows, keep_mid = checkpoints(
@@ -130,7 +131,7 @@ def chunk_prefill(
     if metadata.checkpoint_offsets is not None:
         mid = _partial_state(before, chunks, offsets)
         S = torch.where(like(offsets == packed.lengths, S), S, mid)
-        kept = pool if checkpoint_state is None else vk(spec, checkpoint_state)
+        kept = pool if checkpoint_state is None else checkpoint_state
         write(kept, rows, S, keep_mid)
     return result
 
@@ -146,22 +147,24 @@ def _chunks(
 
     q, k = normalise(spec, q, k)
     q, k, v, g, beta = (gather(x) for x in (q, k, v, g, beta))
-    G = g.cumsum(-1)
+    # sums and their differences in float64: one strong decay must not blur the weak ones beside it
+    G = g.double().clamp(min=-1e4).cumsum(-1)
     causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=G.device).tril()
-    decay = (G[..., :, None] - G[..., None, :]).masked_fill(~causal, float("-inf")).exp()
+    decay = (G[..., :, None] - G[..., None, :]).masked_fill(~causal, -torch.inf)
+    decay, decayed = decay.exp().to(k.dtype), G.exp().to(k.dtype)[..., None]
     overlap = beta[..., None] * (k @ k.mT) * decay
-    right = beta[..., None] * torch.cat([v, G.exp()[..., None] * k], dim=-1)
+    right = beta[..., None] * torch.cat([v, decayed * k], dim=-1)
     # u_i + sum over j < i of overlap_ij u_j = right_i: exact substitution, safe where keys repeat
     u, w = torch.linalg.solve_triangular(overlap, right, upper=False, unitriangular=True).split(
         [v.shape[-1], k.shape[-1]], dim=-1
     )
-    return _Chunks(G.exp()[..., None] * q, k, G, (q @ k.mT) * decay, u, w)
+    return _Chunks(decayed * q, k, G, (q @ k.mT) * decay, u, w)
 
 
 def _advance(S: Tensor, chunk: _Chunks, u: Tensor, last: Tensor) -> Tensor:
     """Return S after the tokens of a chunk whose u is not zero, ``last`` their log decay [., 1]."""
-    decayed = (last - chunk.G).clamp(max=0).exp()[..., None] * chunk.k
-    return last.exp()[..., None] * S + u.mT @ decayed
+    weight = (last - chunk.G).clamp(max=0).exp().to(S.dtype)[..., None]
+    return last.exp().to(S.dtype)[..., None] * S + u.mT @ (weight * chunk.k)
 
 
 def _partial_state(before: Tensor, chunks: _Chunks, offsets: Tensor) -> Tensor:

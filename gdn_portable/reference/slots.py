@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gdn_portable.metadata import PrefillMetadata
-from gdn_portable.spec import ConvLayout, GdnSpec, StateLayout
+from gdn_portable.spec import GdnSpec
 
 
 def read(pool: Tensor, indices: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
@@ -53,17 +53,6 @@ def finish(values: Tensor, keep: Tensor, dtype: torch.dtype, out: Tensor | None)
     """Return ``values`` with zeros where not ``keep``, in ``out`` or a tensor of ``dtype``."""
     values = torch.where(like(keep, values), values, 0)
     return values.to(dtype) if out is None else out.copy_(values)
-
-
-def vk(spec: GdnSpec, state: Tensor) -> Tensor:
-    """View states in the engine's layout as [..., V, K]."""
-    return state if spec.state_layout is StateLayout.VK else state.transpose(-1, -2)
-
-
-def dim_first(spec: GdnSpec, conv_state: Tensor) -> Tensor:
-    """View windows in the engine's layout as [..., D, L]."""
-    is_dim_first = spec.conv_layout is ConvLayout.DIM_FIRST
-    return conv_state if is_dim_first else conv_state.transpose(-1, -2)
 
 
 class Packed(NamedTuple):

@@ -23,13 +23,11 @@ from gdn_portable.reference.conv1d import convolve
 from gdn_portable.reference.math import gating, normalise, read_out, update
 from gdn_portable.reference.slots import (
     Packed,
-    dim_first,
     finish,
     like,
     most,
     pack,
     read,
-    vk,
     write,
 )
 from gdn_portable.reference.trees import parents_of, path_to
@@ -104,7 +102,7 @@ def conv1d_verify(
     packed, slots, live = batch.packed, batch.slots, batch.packed.live
     if len(slots) == 0:
         return finish(x, packed.owned, x.dtype, out)
-    pool, columns = dim_first(spec, conv_state), spec.conv_width - 1
+    pool, columns = conv_state, spec.conv_width - 1
     window = _window_before(spec, batch, pool)
     if isinstance(drafts, ReplayDrafts):
         pending = _first(drafts.conv_inputs.shape[1], batch.accepted)
@@ -123,7 +121,7 @@ def conv1d_verify(
         _keep_drafts(drafts.conv_inputs, slots, batch, batch.unpack(x))
     elif isinstance(drafts, SnapshotDrafts):
         windows = batch.unpack(torch.stack(taps[1:], dim=-1))  # [B, P, D, W-1]
-        kept = dim_first(spec, _given("drafts.conv_state", drafts.conv_state))
+        kept = _given("drafts.conv_state", drafts.conv_state)
         _keep_drafts(kept, _rows(metadata, len(slots)), batch, windows)
     else:
         _write_table_window(batch, pool, x, window)
@@ -192,7 +190,7 @@ def mtp_verify(
     slots, live = batch.slots, batch.packed.live
     if len(slots) == 0:
         return finish(v, batch.packed.owned, v.dtype, out)
-    pool = vk(spec, state)
+    pool = state
     g, beta = gating(spec, a, b, A_log, dt_bias)
     S = read(pool, slots, live, spec.compute_dtype)
     if isinstance(drafts, ReplayDrafts):
@@ -204,7 +202,7 @@ def mtp_verify(
 
     states, outputs = _run_drafts(spec, batch, S, q, k, v, g, beta)
     if isinstance(drafts, SnapshotDrafts):
-        kept = vk(spec, _given("drafts.state", drafts.state))
+        kept = _given("drafts.state", drafts.state)
         for t, after in enumerate(states):
             write(kept[:, t], _rows(metadata, len(slots)), after, batch.drafted[:, t])
     elif drafts is None:
@@ -257,8 +255,7 @@ def mtp_commit(
     target = source if out_state_indices is None else out_state_indices[:B].to(torch.int64)
     last, live = last_accepted[:B].to(torch.int64), source > spec.pad_slot
     keep = live & (target > spec.pad_slot)
-    states = None if pool.state is None else vk(spec, pool.state)
-    windows = None if pool.conv_state is None else dim_first(spec, pool.conv_state)
+    states, windows = pool.state, pool.conv_state
     if windows is not None:
         windows = windows[..., : spec.conv_width - 1]
     if isinstance(drafts, ReplayDrafts):
@@ -274,11 +271,11 @@ def mtp_commit(
         return
     rows, last = torch.where(keep, _rows(metadata, B), 0), torch.where(keep, last, 0)
     if states is not None:
-        kept = vk(spec, _given("drafts.state", drafts.state))
+        kept = _given("drafts.state", drafts.state)
         for pool_state, kept_state in _layers(states, kept, axes=4):
             _commit_snapshots(pool_state, kept_state, rows, last, source, target, keep)
     if windows is not None:
-        kept = dim_first(spec, _given("drafts.conv_state", drafts.conv_state))
+        kept = _given("drafts.conv_state", drafts.conv_state)
         for pool_window, kept_window in _layers(windows, kept, axes=3):
             _commit_snapshots(pool_window, kept_window, rows, last, source, target, keep)
 
