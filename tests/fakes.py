@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from gdn_portable import Backend, ConvLayout, Device, GdnSpec, Kernel, Op, StateLayout, select
 from gdn_portable.reference import BACKEND as REFERENCE
@@ -19,6 +20,15 @@ MI300 = Device("rocm", "gfx942", 0)
 CPU = Device("cpu", "cpu")
 
 Launcher = Callable[..., Any]
+
+SPEC = GdnSpec(
+    num_k_heads=2,
+    num_v_heads=4,
+    head_k_dim=16,
+    head_v_dim=8,
+    dtype=torch.bfloat16,
+    state_dtype=torch.float32,
+)
 
 
 def reference_kernel(op: Op) -> Kernel:

@@ -21,11 +21,6 @@ KERNELS = {op.value: f"{'composed' if op.value in STEPS else 'reference'}.{op.va
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(monkeypatch, capsys)
-
-
-@pytest.fixture
 def config(tmp_path: Path) -> Path:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(QWEN3_NEXT))

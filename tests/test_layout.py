@@ -27,6 +27,7 @@ from gdn_portable import (
     select,
 )
 from gdn_portable.layout import STATE_ARGUMENTS
+from tests import fakes
 from tests.fakes import (
     backend_of,
     install,
@@ -35,14 +36,7 @@ from tests.fakes import (
 
 bind = partial(select.bind, check=False)
 
-SPEC = GdnSpec(
-    num_k_heads=2,
-    num_v_heads=4,
-    head_k_dim=16,
-    head_v_dim=8,
-    dtype=torch.float32,
-    state_dtype=torch.float32,
-)
+SPEC = replace(fakes.SPEC, dtype=torch.float32)
 TURNED = replace(SPEC, state_layout=StateLayout.KV, conv_layout=ConvLayout.LEN_FIRST)
 LAYOUTS = pytest.mark.parametrize(
     "spec",

@@ -10,29 +10,19 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 from gdn_portable import (
     Device,
-    GdnSpec,
     Op,
     UnknownBackendError,
     UnsupportedError,
     get_backend,
     select,
 )
-from tests.fakes import HOPPER, backend_of, install, reference_kernel
+from tests.fakes import HOPPER, SPEC, backend_of, install, reference_kernel
 
 bind = partial(select.bind, check=False)
 
-SPEC = GdnSpec(
-    num_k_heads=2,
-    num_v_heads=4,
-    head_k_dim=16,
-    head_v_dim=8,
-    dtype=torch.bfloat16,
-    state_dtype=torch.float32,
-)
 PLUGIN = """
 from dataclasses import replace
 from gdn_portable import Backend

@@ -37,6 +37,7 @@ from tests.fakes import (
     CPU,
     HOPPER,
     MI300,
+    SPEC,
     backend_of,
     bare_backend_of,
     in_canonical_layouts,
@@ -47,14 +48,6 @@ from tests.fakes import (
 
 bind = partial(select.bind, check=False)
 
-SPEC = GdnSpec(
-    num_k_heads=2,
-    num_v_heads=4,
-    head_k_dim=16,
-    head_v_dim=8,
-    dtype=torch.bfloat16,
-    state_dtype=torch.float32,
-)
 STEPS = (Op.PREFILL_STEP, Op.DECODE_STEP, Op.VERIFY_STEP)
 
 

@@ -20,18 +20,11 @@ from gdn_portable import (
     StatePool,
     select,
 )
+from tests.fakes import SPEC
 
 bind = partial(select.bind, check=False)
 
 # [slots, D, L] and [slots, HV, V, K]: D = 2 * 2 * 16 + 4 * 8
-SPEC = GdnSpec(
-    num_k_heads=2,
-    num_v_heads=4,
-    head_k_dim=16,
-    head_v_dim=8,
-    dtype=torch.bfloat16,
-    state_dtype=torch.float32,
-)
 LAYOUTS = pytest.mark.parametrize(
     ("state_layout", "conv_layout", "state_shape", "conv_shape"),
     [

@@ -20,18 +20,10 @@ from gdn_portable import (
     select,
 )
 from gdn_portable.reference import BACKEND as REFERENCE
-from tests.fakes import backend_of, install, kernel_of, recorded_kernel
+from tests.fakes import SPEC, backend_of, install, kernel_of, recorded_kernel
 
 bind = partial(select.bind, check=False)
 
-SPEC = GdnSpec(
-    num_k_heads=2,
-    num_v_heads=4,
-    head_k_dim=16,
-    head_v_dim=8,
-    dtype=torch.bfloat16,
-    state_dtype=torch.float32,
-)
 REFERENCE_OPS = [kernel.op for kernel in REFERENCE.kernels]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn_portable.checks.tensors import INTEGERS, Rules, shape_text
+from gdn_portable.checks.tensors import Rules, shape_text
 from gdn_portable.errors import InputError
 from gdn_portable.metadata import (
     DraftProtocol,
@@ -82,19 +82,17 @@ def _checkpoints(
     slots: int,
     checkpoint_state: Tensor | None,
 ) -> None:
-    missing = (metadata.checkpoint_offsets is None) + (metadata.checkpoint_indices is None)
-    if missing == 1:
-        raise InputError("checkpoint_offsets and checkpoint_indices: needs both or neither")
-    if missing == 2:
+    given, places = metadata.checkpoint_offsets, metadata.checkpoint_indices
+    if given is None or places is None:
+        if given is not places:
+            raise InputError("checkpoint_offsets and checkpoint_indices: needs both or neither")
         return
-    offsets = rules.indices("checkpoint_offsets", metadata.checkpoint_offsets, len(lengths))
+    offsets = rules.indices("checkpoint_offsets", given, len(lengths))
     if checkpoint_state is not None:
         rules.state("checkpoint_state", checkpoint_state, rules.double_or_float())
         slots = len(checkpoint_state)
     wanted = [on and offset >= 0 for on, offset in zip(live, offsets, strict=True)]
-    where = rules.slots(
-        "checkpoint_indices", metadata.checkpoint_indices, len(lengths), slots, wanted
-    )
+    where = rules.slots("checkpoint_indices", places, len(lengths), slots, wanted)
     for i, offset in enumerate(offsets):
         if wanted[i] and offset > lengths[i]:
             raise InputError(
@@ -181,7 +179,6 @@ def _slot_table(
         raise InputError(
             f"state_indices is {shape_text(table.shape)}, needs {shape_text((B, P))} [B, P]"
         )
-    rules.dtype_and_device("state_indices", table, INTEGERS)
     if conv_state is not None:
         columns, needed = conv_state.shape[rules.time_axis()], rules.spec.conv_width - 1 + P - 1
         if columns < needed:
@@ -286,7 +283,6 @@ def _tree(rules: Rules, metadata: VerifyMetadata, lengths: list[int], live: list
             raise InputError(
                 f"{name} is {shape_text(links.shape)}, needs {shape_text((B, P))} [B, P]"
             )
-        rules.dtype_and_device(name, links, INTEGERS)
         if name == "parents" and metadata.next_token is not None:
             continue  # filled from the links
         for i, row in enumerate(links[:B].tolist()):
@@ -313,8 +309,7 @@ def commit(
     """Check what is to be kept."""
     metadata, drafts = arguments["metadata"], arguments["drafts"]
     last = arguments["last_accepted"]
-    if draft_protocol(metadata, drafts) is DraftProtocol.SLOT_TABLE:
-        raise InputError("drafts is None, needs ReplayDrafts or SnapshotDrafts to commit")
+    draft_protocol(metadata, drafts)
     layered = state is not None and state.dim() == 5
     layered = layered or (conv_state is not None and conv_state.dim() == 4)
     windows, states = (

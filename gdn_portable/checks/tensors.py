@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for single arguments: tensors, pools and indices."""
+"""Rules for single arguments, known to be tensors: their shapes, strides, dtypes and values."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Rules(NamedTuple):
         for name, value in arguments.items():
             if name not in shapes or value is None:
                 continue
-            if "T" not in sizes and isinstance(value, Tensor) and value.dim():
+            if "T" not in sizes and value.dim():
                 sizes["T"] = len(value)
             dtypes: Sequence[torch.dtype] = FLOATS
             if name in ACTIVATIONS and op is not Op.GATED_RMS_NORM:
@@ -67,7 +67,7 @@ class Rules(NamedTuple):
             elif name in ("g", "beta"):
                 dtypes = self.double_or_float()
             letters = shapes[name]
-            if name == "gate" and isinstance(value, Tensor) and value.dim() == 2:
+            if name == "gate" and value.dim() == 2:
                 letters = "T HV*V"
             self.tensor(name, value, letters, sizes, dtypes)
             if name in DENSE_VECTORS:
@@ -99,14 +99,12 @@ class Rules(NamedTuple):
     def tensor(
         self,
         name: str,
-        value: object,
+        value: Tensor,
         letters: str,
         sizes: Mapping[str, int],
         dtypes: Sequence[torch.dtype],
     ) -> None:
         """Check a tensor against its letters."""
-        if not isinstance(value, Tensor):
-            raise InputError(f"{name} is a {type(value).__name__}, needs a tensor")
         needed = tuple(sizes.get(letter, "any") for letter in letters.split())
         matches = len(needed) == value.dim() and all(
             want in ("any", got) for want, got in zip(needed, value.shape, strict=True)
@@ -153,7 +151,7 @@ class Rules(NamedTuple):
         )
         for name, letters in named:
             value = getattr(params, name)
-            if value is not None or name in ("conv_weight", "A_log", "dt_bias"):
+            if value is not None:
                 self.tensor(f"params.{name}", value, letters, sizes, FLOATS)
         if gate is not None and params.norm_weight is None:
             raise InputError("gate is given and params.norm_weight is None, needs both or neither")
@@ -179,27 +177,25 @@ class Rules(NamedTuple):
         """Return what a float32 argument may be: the spec may name float64."""
         return tuple(dict.fromkeys((torch.float32, self.spec.compute_dtype)))
 
-    def state(self, name: str, value: object, dtypes: Sequence[torch.dtype]) -> None:
+    def state(self, name: str, value: Tensor, dtypes: Sequence[torch.dtype]) -> None:
         """Check a pool of recurrent states."""
-        pool = self.pool(name, value, state_slot_shape(self.spec), dtypes, None)
-        if pool.shape[-1] > 1 and pool.stride(-1) != 1:
+        self.pool(name, value, state_slot_shape(self.spec), dtypes, None)
+        if value.shape[-1] > 1 and value.stride(-1) != 1:
             last = "K" if self.spec.state_layout is StateLayout.VK else "V"
             raise InputError(
-                f"{name} has strides {pool.stride()}, needs {last} contiguous: declare the layout "
+                f"{name} has strides {value.stride()}, needs {last} contiguous: declare the layout "
                 "in the spec"
             )
 
     def pool(
         self,
         name: str,
-        value: object,
+        value: Tensor,
         shape: tuple[int, ...],
         dtypes: Sequence[torch.dtype],
         growing_axis: int | None,
-    ) -> Tensor:
+    ) -> None:
         """Check a pool whose slots have ``shape``, one axis of which may be longer."""
-        if not isinstance(value, Tensor):
-            raise InputError(f"{name} is a {type(value).__name__}, needs a tensor")
         got = list(value.shape[1:])
         if growing_axis is not None and len(got) == len(shape):
             got[growing_axis] = min(got[growing_axis], shape[growing_axis])
@@ -211,12 +207,11 @@ class Rules(NamedTuple):
             )
         self.dtype_and_device(name, value, dtypes)
         self.writable(name, value)
-        return value
 
-    def indices(self, name: str, value: object, count: int) -> list[int]:
+    def indices(self, name: str, value: Tensor, count: int) -> list[int]:
         """Return the first ``count`` entries of an index tensor."""
-        if not isinstance(value, Tensor) or value.dim() != 1 or len(value) < count:
-            got = shape_text(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if value.dim() != 1 or len(value) < count:
+            got = shape_text(value.shape)
             raise InputError(f"{name} is {got}, needs one axis of at least {count}")
         self.dtype_and_device(name, value, INTEGERS)
         entries: list[int] = value[:count].tolist()
@@ -225,7 +220,7 @@ class Rules(NamedTuple):
     def slots(
         self,
         name: str,
-        value: object,
+        value: Tensor,
         count: int,
         num_slots: int,
         used: Sequence[bool] | None = None,
@@ -241,7 +236,7 @@ class Rules(NamedTuple):
                 )
         return entries
 
-    def targets(self, value: object, source: list[int], num_slots: int) -> list[int]:
+    def targets(self, value: Tensor | None, source: list[int], num_slots: int) -> list[int]:
         """Return the slots written."""
         if value is None:
             return source

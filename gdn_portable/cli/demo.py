@@ -84,13 +84,11 @@ def demo(
     torch.set_num_threads(1)
     weights = load_model(model, target, dtype.torch, max_drafts=max(1, max_drafts))
     ops = bind(weights.spec, target, backend=backend)
-    generators: dict[str, Generator] = {}
+    sampling, generators = Sampling(temperature, seed), dict[str, Generator]()
     if mode is not Mode.SPECULATIVE:
-        generators["plain"] = Generator(weights, ops, max_batch, Sampling(temperature, seed))
+        generators["plain"] = Generator(weights, ops, max_batch, sampling)
     if mode is not Mode.PLAIN:
-        generators["speculative"] = Generator(
-            weights, ops, max_batch, Sampling(temperature, seed), speculation
-        )
+        generators["speculative"] = Generator(weights, ops, max_batch, sampling, speculation)
 
     console, runs = Console(stderr=as_json), dict[str, Generated]()
     for name, generator in generators.items():
@@ -142,7 +140,7 @@ def _panels(prompts: list[bytes], texts: list[bytes]) -> Group:
     for prompt, text in zip(prompts, texts, strict=True):
         shown = Text(_readable(prompt), style="bold")
         shown.append(_readable(text), style="not bold")
-        panels.append(Panel(shown, title_align="left", expand=True))
+        panels.append(Panel(shown))
     return Group(*panels)
 
 

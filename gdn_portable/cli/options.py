@@ -36,12 +36,11 @@ def present_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-        # torch takes any number for the one CPU there is
-        if device.type == "cpu" and device.index:
-            raise RuntimeError("there is one cpu")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {name!r} cannot be used: {reason}") from error
+    if device.type == "cpu" and device.index:  # torch takes any number for the one CPU there is
+        raise InputError(f"device {name!r} cannot be used: there is one cpu")
     return device
 
 

@@ -27,11 +27,10 @@ def recurrent_decode(
 ) -> Tensor:
     """Advance every sequence by one token."""
     source, target, live = decode_slots(spec, len(v), state_indices, out_state_indices)
-    pool = state
     g, beta = gating(spec, a, b, A_log, dt_bias)
     q, k = normalise(spec, q, k)
-    S = read(pool, source, live, spec.compute_dtype)
+    S = read(state, source, live, spec.compute_dtype)
     S = update(S, k, v.to(spec.compute_dtype), g, beta)
     result = finish(read_out(S, q), live, v.dtype, out)
-    write(pool, target, S, live & (target > spec.pad_slot))
+    write(state, target, S, live & (target > spec.pad_slot))
     return result

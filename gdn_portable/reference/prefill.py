@@ -105,17 +105,16 @@ def chunk_prefill(
     packed = pack(metadata.cu_seqlens, live, len(v))
     if len(live) == 0:
         return finish(v, packed.owned, v.dtype, out)
-    pool = state
     tokens = _planned_tokens(metadata, len(v))
     chunks = _chunks(spec, q, k, v, g, beta, tokens)
-    offsets, rows, keep_mid = checkpoints(
-        metadata, packed.lengths, live, -1 if checkpoint_state is not None else spec.pad_slot
-    )
+    pad = spec.pad_slot if checkpoint_state is None else -1
+    offsets, rows, wanted = checkpoints(metadata, packed.lengths, live, pad)
 
-    S = read(pool, source, live & ~fresh, spec.compute_dtype)
+    S = read(state, source, live & ~fresh, spec.compute_dtype)
     before, outputs = S, []  # before: the state in front of the chunk that holds the checkpoint
     for i, chunk in enumerate(map(_Chunks._make, zip(*chunks, strict=True))):
-        before = torch.where(like(offsets // CHUNK == i, S), S, before)
+        if metadata.checkpoint_offsets is not None:
+            before = torch.where(like(offsets // CHUNK == i, S), S, before)
         u = chunk.u - chunk.w @ S.mT
         outputs.append(chunk.q @ S.mT + chunk.attention @ u)
         S = _advance(S, chunk, u, chunk.G[..., -1:])
@@ -127,12 +126,11 @@ def chunk_prefill(
         values = v.to(spec.compute_dtype)  # no sequence has a token: nothing is kept of it
     result = finish(values, packed.owned, v.dtype, out)
 
-    write(pool, target, S, live & (target > spec.pad_slot))
+    write(state, target, S, live & (target > spec.pad_slot))
     if metadata.checkpoint_offsets is not None:
         mid = _partial_state(before, chunks, offsets)
         S = torch.where(like(offsets == packed.lengths, S), S, mid)
-        kept = pool if checkpoint_state is None else checkpoint_state
-        write(kept, rows, S, keep_mid)
+        write(state if checkpoint_state is None else checkpoint_state, rows, S, wanted)
     return result
 
 

@@ -102,8 +102,7 @@ def conv1d_verify(
     packed, slots, live = batch.packed, batch.slots, batch.packed.live
     if len(slots) == 0:
         return finish(x, packed.owned, x.dtype, out)
-    pool, columns = conv_state, spec.conv_width - 1
-    window = _window_before(spec, batch, pool)
+    window = _window_before(spec, batch, conv_state)
     if isinstance(drafts, ReplayDrafts):
         pending = _first(drafts.conv_inputs.shape[1], batch.accepted)
         kept = read(drafts.conv_inputs, slots, live, spec.compute_dtype)
@@ -117,14 +116,14 @@ def conv1d_verify(
     result = finish(convolve(spec, taps, weight, bias), packed.owned, x.dtype, None)
 
     if isinstance(drafts, ReplayDrafts):
-        write(pool[..., :columns], slots, window, live & (batch.accepted > 0))
+        write(conv_state[..., : spec.conv_width - 1], slots, window, live & (batch.accepted > 0))
         _keep_drafts(drafts.conv_inputs, slots, batch, batch.unpack(x))
     elif isinstance(drafts, SnapshotDrafts):
         windows = batch.unpack(torch.stack(taps[1:], dim=-1))  # [B, P, D, W-1]
         kept = _given("drafts.conv_state", drafts.conv_state)
         _keep_drafts(kept, _rows(metadata, len(slots)), batch, windows)
     else:
-        _write_table_window(batch, pool, x, window)
+        _write_table_window(batch, conv_state, x, window)
     return result if out is None else out.copy_(result)
 
 
@@ -190,13 +189,12 @@ def mtp_verify(
     slots, live = batch.slots, batch.packed.live
     if len(slots) == 0:
         return finish(v, batch.packed.owned, v.dtype, out)
-    pool = state
     g, beta = gating(spec, a, b, A_log, dt_bias)
-    S = read(pool, slots, live, spec.compute_dtype)
+    S = read(state, slots, live, spec.compute_dtype)
     if isinstance(drafts, ReplayDrafts):
         pending = _first(drafts.k.shape[1], batch.accepted)
         S = _replay_state(spec, S, drafts, slots, live, pending)
-        write(pool, slots, S, live & (batch.accepted > 0))
+        write(state, slots, S, live & (batch.accepted > 0))
         for kept, x in ((drafts.k, k), (drafts.v, v), (drafts.g, g), (drafts.beta, beta)):
             _keep_drafts(kept, slots, batch, batch.unpack(x))
 
@@ -208,7 +206,7 @@ def mtp_verify(
     elif drafts is None:
         for t, after in enumerate(states):
             target = metadata.state_indices[: len(slots), t].to(torch.int64)
-            write(pool, target, after, batch.drafted[:, t] & (target > spec.pad_slot))
+            write(state, target, after, batch.drafted[:, t] & (target > spec.pad_slot))
     return finish(outputs, batch.packed.owned, v.dtype, out)
 
 
