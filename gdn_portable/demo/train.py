@@ -3,7 +3,7 @@
 
     python -m gdn_portable.demo.train TEXT... --out shakespeare.safetensors
 
-On an H200 a step of 64 sequences of 1024 bytes takes about a seventh of a second.
+On an H200 a step of 64 sequences of 1024 bytes takes 0.16 s.
 """
 
 from __future__ import annotations
