@@ -22,8 +22,11 @@ from gdn_portable.layout import adapt
 from gdn_portable.spec import Device, GdnSpec, Op
 from gdn_portable.warmup import warmup
 
-BUILTIN = {"reference": "gdn_portable.reference:BACKEND"}
-DEFAULT_FOR = {"cpu": "reference", "cuda": "reference", "rocm": "reference"}
+BUILTIN = {
+    "reference": "gdn_portable.reference:BACKEND",
+    "triton": "gdn_backend_triton:BACKEND",
+}
+DEFAULT_FOR = {"cpu": "reference", "cuda": "triton", "rocm": "triton"}
 ENTRY_POINT_GROUP = "gdn_portable.backends"
 OVERRIDE_VARIABLE = "GDN_PORTABLE_KERNELS"
 

@@ -97,7 +97,9 @@ def test_a_kernel_that_is_chosen_and_unable_is_reported_and_not_replaced(fake: s
 
 
 def test_a_step_is_composed_of_the_kernels_that_were_chosen(fake: str) -> None:
-    ops = bind(SPEC, HOPPER, kernels={Op.RECURRENT_DECODE: "fake.hopper_decode"})
+    ops = bind(
+        SPEC, HOPPER, backend="reference", kernels={Op.RECURRENT_DECODE: "fake.hopper_decode"}
+    )
 
     assert ops.decode_step.keywords["recurrent_decode"] is ops.recurrent_decode  # type: ignore[attr-defined]
     assert ops.kernels[Op.RECURRENT_DECODE] == "fake.hopper_decode"
@@ -185,7 +187,10 @@ def test_a_name_like_no_other_lists_what_there_is(fake: str) -> None:
     with pytest.raises(UnknownBackendError) as caught:
         bind(SPEC, "cpu", kernels={Op.GATING: "zzz"})
 
-    assert str(caught.value) == "no gating kernel 'zzz'; there is fake.gating, reference.gating"
+    assert (
+        str(caught.value)
+        == "no gating kernel 'zzz'; there is fake.gating, reference.gating, triton.gating"
+    )
 
 
 def test_a_plugin_is_found_by_its_name(plugin: None) -> None:

@@ -93,7 +93,8 @@ def test_a_device_kind_that_nobody_serves_gets_the_reference() -> None:
 def test_explain_names_one_chosen_kernel_per_op_on_a_device_that_is_not_here(
     device: Device,
 ) -> None:
-    choices = explain(SPEC, device)
+    spec = replace(SPEC, dtype=torch.bfloat16, state_dtype=torch.float32, head_k_dim=16)
+    choices = explain(replace(spec, head_v_dim=32), device)
 
     assert [choice.op for choice in choices if choice.chosen] == list(Op)
     assert all(bool(choice.reasons) is False for choice in choices if choice.chosen)

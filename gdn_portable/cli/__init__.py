@@ -3,6 +3,7 @@
 
 import typer
 
+from gdn_portable.cli.bench import bench
 from gdn_portable.cli.demo import demo
 from gdn_portable.cli.doctor import doctor
 
@@ -15,3 +16,4 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(doctor)
+app.command()(bench)

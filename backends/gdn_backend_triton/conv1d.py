@@ -1,0 +1,496 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The convolution of packed sequences and of one token each, and the front end of a prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gdn_backend_triton.launch import refuse_gradients
+from gdn_backend_triton.maths import gates
+from gdn_backend_triton.sequences import locate, num_programs
+from gdn_backend_triton.taps import (
+    convolve,
+    load_bias,
+    load_weight,
+    store_window,
+    strides,
+    window_after,
+)
+from gdn_portable.interface import Conv1dPrefill, Conv1dUpdate
+from gdn_portable.metadata import GdnParams, PrefillMetadata
+from gdn_portable.spec import Device, GdnSpec
+
+
+class Tile(NamedTuple):
+    """What a program of a packed batch owns."""
+
+    channels: int  # of conv1d_prefill; a front end's are those of a key head
+    elements: int  # channels times tokens
+    run: int  # consecutive tokens of a thread, each loaded 1 + (W - 1) / run times
+    options: Mapping[str, int]  # of the launch
+
+    def runs(self, channels: int) -> int:
+        """Return how many runs of that many channels a program owns."""
+        return max(self.elements // (channels * self.run), 1)
+
+
+PREFILL_TILES = {
+    "cuda": Tile(128, 8192, 8, {"num_warps": 4, "maxnreg": 128}),
+    "rocm": Tile(128, 8192, 8, {"num_warps": 4}),
+}
+
+
+class UpdateTile(NamedTuple):
+    """What a program of a batch of single tokens owns, up to a batch size."""
+
+    batch: int
+    rows: int
+    channels: int
+    warps: int
+
+
+UPDATE_TILES = {
+    "cuda": (UpdateTile(32, 1, 128, 2), UpdateTile(0, 4, 128, 4)),
+    "rocm": (UpdateTile(32, 1, 64, 1), UpdateTile(128, 2, 128, 2), UpdateTile(0, 4, 128, 2)),
+}
+
+
+@triton.jit
+def _slot_of(sequence, N, state_indices, indices_n, PAD: tl.constexpr):
+    """Return the slot that a sequence is read from; padding for the rows of nobody."""
+    slot = tl.load(state_indices + sequence * indices_n, mask=sequence < N, other=PAD)
+    return slot.to(tl.int64)
+
+
+@triton.jit
+def _load_rows(
+    x, x_t, x_d, before, left, mask, row, channel, W: tl.constexpr, RUN: tl.constexpr,
+    SAME_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Load the inputs of every run, and the W - 1 in front of it: row i holds input i + 1 - W.
+
+    Args:
+        x: points to the program's first token and channel.
+        x_t: stride of a token.
+        x_d: stride of a channel.
+        before: tokens of the sequence in front of the program's first.
+        left: tokens of the sequence from the program's first on.
+        mask: which channels there are.
+        row: [RUNS, 1] first token of every run.
+        channel: [1, C].
+        W: width of the convolution.
+        RUN: tokens of a run.
+        SAME_DTYPE: whether windows hold what x holds; else the first rows are float32.
+    """
+    rows = tl.tuple([])
+    for i in tl.static_range(W - 1 + RUN):
+        token = row + (i + 1 - W)
+        inside = (token < left) & mask
+        if i < W - 1:
+            inside = inside & (token + before >= 0)
+        values = tl.load(x + token * x_t + channel * x_d, mask=inside, other=0.0)
+        if i < W - 1 and not SAME_DTYPE:
+            values = values.to(tl.float32)
+        rows = rows + (values,)
+    return rows
+
+
+@triton.jit
+def _turn_window(
+    rows, row, x, x_t, length, sequence, slot, d, mask, conv_state, out_state_indices,
+    has_initial_state, checkpoint_offsets, checkpoint_indices, state_s, state_d, state_l,
+    out_indices_n, initial_n, offsets_n, checkpoints_n, W: tl.constexpr, PAD: tl.constexpr,
+):  # fmt: skip
+    """Put a sequence's window in front of its first run, and store the windows that follow.
+
+    One program does both: another could store the new window before this one reads the old.
+
+    Returns:
+        The rows, those in front of the first run filled in.
+    """
+    has_window = True
+    if has_initial_state is not None:
+        has_window = tl.load(has_initial_state + sequence * initial_n) != 0
+    pool = conv_state + d * state_d
+    window = pool + slot * state_s
+    filled = tl.tuple([])
+    for i in tl.static_range(len(rows)):
+        if i < W - 1:
+            # a vector: a tile of strided channels would impose its layout on the rows
+            old = tl.load(window + i * state_l, mask=mask & has_window, other=0.0)
+            old = tl.where(row == 0, old.to(rows[i].dtype)[None, :], rows[i])
+            filled = filled + (old,)
+        else:
+            filled = filled + (rows[i],)
+    after = window_after(length, x, x_t, window, state_l, mask, has_window, W)
+    if checkpoint_offsets is not None:
+        offset = tl.load(checkpoint_offsets + sequence * offsets_n).to(tl.int32)
+        kept = tl.load(checkpoint_indices + sequence * checkpoints_n).to(tl.int64)
+        keeps = mask & (offset >= 0) & (offset <= length) & (kept > PAD)
+        midway = window_after(offset, x, x_t, window, state_l, keeps, has_window, W)
+    target = slot
+    if out_state_indices is not None:
+        target = tl.load(out_state_indices + sequence * out_indices_n).to(tl.int64)
+    # other threads may store what a thread has yet to load
+    tl.debug_barrier()
+    store_window(pool + target * state_s, state_l, after, mask & (target > PAD), W)
+    if checkpoint_offsets is not None:
+        store_window(pool + kept * state_s, state_l, midway, keeps, W)
+    return filled
+
+
+@triton.jit
+def _store_rows(
+    rows, out, out_t, out_d, left, mask, row, channel, weight, bias, scale, W: tl.constexpr,
+    RUN: tl.constexpr, SILU: tl.constexpr, NORMALISE: tl.constexpr,
+):  # fmt: skip
+    """Convolve the runs and store what comes out times ``scale``, normalised where asked for."""
+    for i in tl.static_range(RUN):
+        y = convolve(rows, i, weight, bias, W, SILU)
+        if NORMALISE:
+            y *= tl.rsqrt(tl.sum(y * y, 1) + 1e-6)[:, None]
+        y *= scale
+        target = out + (row + i) * out_t + channel * out_d
+        tl.store(target, y.to(out.dtype.element_ty), mask=(row + i < left) & mask)
+
+
+@triton.jit
+def _conv1d_prefill(
+    x, weight, bias, conv_state, out, cu_seqlens, state_indices, out_state_indices,
+    has_initial_state, checkpoint_offsets, checkpoint_indices, N, T, x_t, x_d, weight_d, weight_w,
+    bias_d, state_s, state_d, state_l, out_t, out_d, cu_n, indices_n, out_indices_n, initial_n,
+    offsets_n, checkpoints_n, D: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+    RUNS: tl.constexpr, RUN: tl.constexpr, PAD: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    BLOCKS: tl.constexpr = (D + C - 1) // C
+    program = tl.program_id(0)
+    block = program % BLOCKS
+    sequence, start, end, first = locate(cu_seqlens, cu_n, N, T, program // BLOCKS, RUNS * RUN)
+    if (first >= end) & (first > start):
+        return
+    slot = _slot_of(sequence, N, state_indices, indices_n, PAD)
+    row = tl.arange(0, RUNS)[:, None] * RUN
+    channel = tl.arange(0, C)[None, :]
+    within = block * C + channel < D
+    x += block.to(tl.int64) * C * x_d
+    out += first.to(tl.int64) * out_t + block.to(tl.int64) * C * out_d
+    rows = _load_rows(
+        x + first.to(tl.int64) * x_t, x_t, x_d, first - start, end - first, within, row, channel,
+        W, RUN, x.dtype == conv_state.dtype,
+    )  # fmt: skip
+    d = block * C + tl.arange(0, C)
+    mask = d < D
+    columns = load_weight(weight, d, mask, weight_d, weight_w, W)
+    offset = load_bias(bias, d, mask, bias_d)
+    if slot <= PAD:
+        for i in tl.static_range(RUN):
+            target = out + (row + i) * out_t + channel * out_d
+            zeros = tl.zeros([RUNS, C], out.dtype.element_ty)
+            tl.store(target, zeros, mask=(row + i < end - first) & within)
+        return
+    if first == start:
+        rows = _turn_window(
+            rows, row, x + start.to(tl.int64) * x_t + tl.arange(0, C) * x_d, x_t, end - start,
+            sequence, slot, d, mask, conv_state, out_state_indices, has_initial_state,
+            checkpoint_offsets, checkpoint_indices, state_s, state_d, state_l, out_indices_n,
+            initial_n, offsets_n, checkpoints_n, W, PAD,
+        )  # fmt: skip
+    _store_rows(
+        rows, out, out_t, out_d, end - first, within, row, channel, columns, offset, 1.0, W, RUN,
+        SILU, False,
+    )  # fmt: skip
+
+
+def _tile_of(device: Device) -> Tile:
+    return PREFILL_TILES.get(device.arch, PREFILL_TILES[device.kind])
+
+
+def make_conv1d_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -> Conv1dPrefill:
+    """Return the op: a program owns a block of tokens of one sequence by a block of channels."""
+    D, W, PAD, SILU = spec.conv_dim, spec.conv_width, spec.pad_slot, spec.activation == "silu"
+    tile = _tile_of(device)
+    C, RUN = tile.channels, tile.run
+    RUNS = tile.runs(C)
+    blocks = triton.cdiv(D, C)
+
+    def conv1d_prefill(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        conv_state: Tensor,
+        *,
+        metadata: PrefillMetadata,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        refuse_gradients(x)
+        if out is None:
+            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        T, N = len(x), len(metadata.cu_seqlens) - 1
+        programs = num_programs(T, N, RUNS * RUN)
+        _conv1d_prefill[(programs * blocks,)](
+            x, weight, bias, conv_state, out, metadata.cu_seqlens, metadata.state_indices,
+            metadata.out_state_indices, metadata.has_initial_state, metadata.checkpoint_offsets,
+            metadata.checkpoint_indices, N, T, *x.stride(), *weight.stride(), *strides(bias, 1),
+            *conv_state.stride(), *out.stride(), metadata.cu_seqlens.stride(0),
+            metadata.state_indices.stride(0), *strides(metadata.out_state_indices, 1),
+            *strides(metadata.has_initial_state, 1), *strides(metadata.checkpoint_offsets, 1),
+            *strides(metadata.checkpoint_indices, 1), D, W, C, RUNS, RUN, PAD, SILU, **tile.options,
+        )  # fmt: skip
+        return out
+
+    return conv1d_prefill
+
+
+@triton.jit
+def _store_gates(
+    a, b, A_log, dt_bias, g, beta, first, end, a_t, a_h, b_t, b_h, A_log_h, dt_bias_h,
+    HV: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Store the gates of a block of tokens, some of them at a time."""
+    STEP: tl.constexpr = min(TOKENS, 64)
+    h = tl.arange(0, HEADS)[None, :]
+    decay = tl.load(A_log + h * A_log_h, mask=h < HV, other=0.0)
+    shift = tl.load(dt_bias + h * dt_bias_h, mask=h < HV, other=0.0)
+    for i in tl.static_range(0, TOKENS, STEP):
+        t = first.to(tl.int64) + i + tl.arange(0, STEP)[:, None]
+        mask = (t < end) & (h < HV)
+        a_now = tl.load(a + t * a_t + h * a_h, mask=mask, other=0.0)
+        b_now = tl.load(b + t * b_t + h * b_h, mask=mask, other=0.0)
+        g_t, beta_t = gates(a_now, b_now, decay, shift)
+        tl.store(g + t * HV + h, g_t, mask=mask)
+        tl.store(beta + t * HV + h, beta_t, mask=mask)
+
+
+@triton.jit
+def _front_end(
+    x, a, b, weight, bias, A_log, dt_bias, conv_state, qk, v, g, beta, cu_seqlens, state_indices,
+    out_state_indices, has_initial_state, checkpoint_offsets, checkpoint_indices, N, T, x_t, x_d,
+    a_t, a_h, b_t, b_h, weight_d, weight_w, bias_d, A_log_h, dt_bias_h, state_s, state_d, state_l,
+    cu_n, indices_n, out_indices_n, initial_n, offsets_n, checkpoints_n, SCALE: tl.constexpr,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
+    RUNS: tl.constexpr, RUN: tl.constexpr, HEADS: tl.constexpr, PAD: tl.constexpr,
+    SILU: tl.constexpr, NORMALISE: tl.constexpr,
+):  # fmt: skip
+    D: tl.constexpr = 2 * H * K + HV * V
+    BLOCKS: tl.constexpr = (D + K - 1) // K
+    program = tl.program_id(0)
+    block = program % (BLOCKS + 1)
+    sequence, start, end, first = locate(
+        cu_seqlens, cu_n, N, T, program // (BLOCKS + 1), RUNS * RUN
+    )
+    if (first >= end) & (first > start):
+        return
+    slot = _slot_of(sequence, N, state_indices, indices_n, PAD)
+    if block == BLOCKS:
+        if slot > PAD:
+            _store_gates(
+                a, b, A_log, dt_bias, g, beta, first, end, a_t, a_h, b_t, b_h, A_log_h, dt_bias_h,
+                HV, HEADS, RUNS * RUN,
+            )  # fmt: skip
+        return
+    row = tl.arange(0, RUNS)[:, None] * RUN
+    channel = tl.arange(0, K)[None, :]
+    within = block * K + channel < D
+    x += block.to(tl.int64) * K * x_d
+    rows = _load_rows(
+        x + first.to(tl.int64) * x_t, x_t, x_d, first - start, end - first, within, row, channel,
+        W, RUN, x.dtype == conv_state.dtype,
+    )  # fmt: skip
+    d = block * K + tl.arange(0, K)
+    mask = d < D
+    columns = load_weight(weight, d, mask, weight_d, weight_w, W)
+    offset = load_bias(bias, d, mask, bias_d)
+    if slot <= PAD:
+        return
+    if first == start:
+        rows = _turn_window(
+            rows, row, x + start.to(tl.int64) * x_t + tl.arange(0, K) * x_d, x_t, end - start,
+            sequence, slot, d, mask, conv_state, out_state_indices, has_initial_state,
+            checkpoint_offsets, checkpoint_indices, state_s, state_d, state_l, out_indices_n,
+            initial_n, offsets_n, checkpoints_n, W, PAD,
+        )  # fmt: skip
+    if block < 2 * H:
+        is_key = block // H
+        scale = tl.where(is_key == 0, SCALE, 1.0)
+        target = qk + (is_key * T + first).to(tl.int64) * (H * K) + (block - is_key * H) * K
+        _store_rows(
+            rows, target, H * K, 1, end - first, within, row, channel, columns, offset, scale, W,
+            RUN, SILU, NORMALISE,
+        )  # fmt: skip
+    else:
+        target = v + first.to(tl.int64) * (HV * V) + (block - 2 * H) * K
+        _store_rows(
+            rows, target, HV * V, 1, end - first, within, row, channel, columns, offset, 1.0, W,
+            RUN, SILU, False,
+        )  # fmt: skip
+
+
+class FrontEnd(Protocol):
+    """All of a prefill that comes before the recurrence, in one launch."""
+
+    def __call__(
+        self,
+        mixed_qkv: Tensor,
+        a: Tensor,
+        b: Tensor,
+        params: GdnParams,
+        conv_state: Tensor,
+        *,
+        metadata: PrefillMetadata,
+        keeps_checkpoints: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Convolve, split, normalise and gate.
+
+        Args:
+            mixed_qkv: [T, D], any strides.
+            a: [T, HV], any strides.
+            b: [T, HV], any strides.
+            params: the layer's.
+            conv_state: [slots, D, L] pool, advanced in place.
+            metadata: the batch.
+            keeps_checkpoints: whether windows go to the slots in ``checkpoint_indices``.
+
+        Returns:
+            q [T, H, K], normalised and scaled; k [T, H, K], normalised; v [T, HV, V]; g [T, HV] and
+            beta [T, HV] as ``gating`` gives them. All contiguous. Where the spec has no
+            ``qk_l2norm``, q is scaled and k as it is. Rows of padding and of nobody are not
+            written.
+        """
+        ...
+
+
+def make_front_end(spec: GdnSpec, device: Device) -> FrontEnd:
+    """Return it: a program owns a block of tokens of one sequence by K channels, or its gates."""
+    H, HV, K, V = spec.num_k_heads, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
+    W, PAD, SILU = spec.conv_width, spec.pad_slot, spec.activation == "silu"
+    tile = _tile_of(device)
+    RUNS, RUN, HEADS = tile.runs(K), tile.run, triton.next_power_of_2(HV)
+    blocks = triton.cdiv(spec.conv_dim, K) + 1
+
+    def front_end(
+        mixed_qkv: Tensor,
+        a: Tensor,
+        b: Tensor,
+        params: GdnParams,
+        conv_state: Tensor,
+        *,
+        metadata: PrefillMetadata,
+        keeps_checkpoints: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        refuse_gradients(mixed_qkv)
+        T, N = len(mixed_qkv), len(metadata.cu_seqlens) - 1
+        dtype, where = mixed_qkv.dtype, mixed_qkv.device
+        qk = torch.empty(2, T, H, K, dtype=dtype, device=where)
+        v = torch.empty(T, HV, V, dtype=dtype, device=where)
+        g, beta = torch.empty(2, T, HV, dtype=torch.float32, device=where).unbind()
+        offsets, indices = metadata.checkpoint_offsets, metadata.checkpoint_indices
+        if not keeps_checkpoints:
+            offsets = indices = None
+        weight, bias = params.conv_weight, params.conv_bias
+        _front_end[(num_programs(T, N, RUNS * RUN) * blocks,)](
+            mixed_qkv, a, b, weight, bias, params.A_log, params.dt_bias, conv_state, qk, v, g,
+            beta, metadata.cu_seqlens, metadata.state_indices, metadata.out_state_indices,
+            metadata.has_initial_state, offsets, indices, N, T, *mixed_qkv.stride(), *a.stride(),
+            *b.stride(), *weight.stride(), *strides(bias, 1), params.A_log.stride(0),
+            params.dt_bias.stride(0), *conv_state.stride(), metadata.cu_seqlens.stride(0),
+            metadata.state_indices.stride(0), *strides(metadata.out_state_indices, 1),
+            *strides(metadata.has_initial_state, 1), *strides(offsets, 1), *strides(indices, 1),
+            spec.q_scale, H, HV, K, V, W, RUNS, RUN, HEADS, PAD, SILU, spec.qk_l2norm,
+            **tile.options,
+        )  # fmt: skip
+        q, k = qk.unbind()
+        return q, k, v, g, beta
+
+    return front_end
+
+
+@triton.jit
+def _conv1d_update(
+    x, weight, bias, conv_state, out, state_indices, out_state_indices, B, x_b, x_d, weight_d,
+    weight_w, bias_d, state_s, state_d, state_l, out_b, out_d, indices_b, out_indices_b,
+    D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, PAD: tl.constexpr,
+    SILU: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    BLOCKS: tl.constexpr = (D + C - 1) // C
+    program = tl.program_id(0)
+    base = (program % BLOCKS) * C
+    d = base + tl.arange(0, C)
+    first = program // BLOCKS * ROWS
+    mask = d < D
+    slots = tl.tuple([])
+    inputs = tl.tuple([])
+    for i in tl.static_range(ROWS):
+        b = (first + i).to(tl.int64)
+        slot = tl.load(state_indices + b * indices_b, mask=b < B, other=PAD).to(tl.int64)
+        slots = slots + (slot,)
+        inputs = inputs + (tl.load(x + b * x_b + d * x_d, mask=mask & (b < B), other=0.0),)
+    columns = load_weight(weight, d, mask, weight_d, weight_w, W)
+    offset = load_bias(bias, d, mask, bias_d)
+    pool = conv_state + d * state_d
+    taps = tl.tuple([])
+    for i in tl.static_range(ROWS):
+        live = mask & (slots[i] > PAD)
+        for column in tl.static_range(W - 1):
+            window = pool + slots[i] * state_s + column * state_l
+            taps = taps + (tl.load(window, mask=live, other=0.0),)
+        taps = taps + (inputs[i],)
+    # other threads may store what a thread has yet to load: out may be x
+    tl.debug_barrier()
+    for i in tl.static_range(ROWS):
+        b = (first + i).to(tl.int64)
+        y = tl.where(slots[i] > PAD, convolve(taps, i * W, columns, offset, W, SILU), 0.0)
+        tl.store(out + b * out_b + d * out_d, y.to(out.dtype.element_ty), mask=mask & (b < B))
+        slot = slots[i]
+        if out_state_indices is not None:
+            live = slot > PAD
+            slot = tl.load(out_state_indices + b * out_indices_b, mask=live, other=PAD)
+            slot = slot.to(tl.int64)
+        live = mask & (slot > PAD)
+        for column in tl.static_range(W - 1):
+            window = pool + slot * state_s + column * state_l
+            value = taps[i * W + column + 1].to(tl.float32).to(conv_state.dtype.element_ty)
+            tl.store(window, value, mask=live)
+
+
+def make_conv1d_update(
+    spec: GdnSpec, device: Device, *, deterministic: bool, pdl: bool = False
+) -> Conv1dUpdate:
+    """Return the op; with ``pdl`` the launch after it may start before it ends."""
+    D, W, PAD, SILU = spec.conv_dim, spec.conv_width, spec.pad_slot, spec.activation == "silu"
+    tiles = UPDATE_TILES.get(device.arch, UPDATE_TILES[device.kind])
+
+    def conv1d_update(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        conv_state: Tensor,
+        *,
+        state_indices: Tensor,
+        out_state_indices: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        refuse_gradients(x)
+        if out is None:
+            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        B = len(x)
+        if B:
+            tile = next((tile for tile in tiles if tile.batch >= B), tiles[-1])
+            grid = triton.cdiv(B, tile.rows) * triton.cdiv(D, tile.channels)
+            _conv1d_update[(grid,)](
+                x, weight, bias, conv_state, out, state_indices, out_state_indices, B,
+                *x.stride(), *weight.stride(), *strides(bias, 1), *conv_state.stride(),
+                *out.stride(), state_indices.stride(0), *strides(out_state_indices, 1), D, W,
+                tile.rows, tile.channels, PAD, SILU, pdl,
+                num_warps=tile.warps,
+            )  # fmt: skip
+        return out
+
+    return conv1d_update

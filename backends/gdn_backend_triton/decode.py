@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One token per sequence: the recurrence alone, and the step from the projection to the output."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gdn_backend_triton.conv1d import make_conv1d_update
+from gdn_backend_triton.gated_rms_norm import make_gated_rms_norm, norm_and_gate
+from gdn_backend_triton.launch import refuse_gradients
+from gdn_backend_triton.maths import gates
+from gdn_portable.errors import InputError
+from gdn_portable.interface import DecodeStep, RecurrentDecode
+from gdn_portable.metadata import GdnParams
+from gdn_portable.spec import Device, GdnSpec, StateLayout
+from gdn_portable.state import StatePool
+
+
+class Tile(NamedTuple):
+    """How the rows of V of one head's state are dealt out, where K is 128; all of K stays whole.
+
+    Of a wider head fewer rows are taken, of a narrower one more. Of a panel every lane needs 16
+    bytes at least: warps that hold the same rows twice could load them after they are stored.
+    """
+
+    rows: int  # of a program
+    panel: int  # rows that a program holds at a time
+    lanes: int  # that share a row, each with 16 bytes of it at a time; not used by the layout KV
+    warps: int
+
+
+class Choice(NamedTuple):
+    """A tile as it fits a layer."""
+
+    BV: int
+    BP: int
+    BK: int
+    num_warps: int
+
+
+# by arch and bytes of a state's element: up to how many heads of a batch (B * HV), which tile
+Table = Mapping[tuple[str, int], Sequence[tuple[int, Tile]]]
+ANY = sys.maxsize
+DEFAULT_ARCH = {"cuda": "sm90", "rocm": "gfx942"}
+TILES: Table = {
+    # H200, H16/HV32, K = V = 128: 4.1 / 11.7 / 38.8 / 144 / 560 us a step at B = 1 / 8 / 32 / 128 /
+    # 512 with a float32 state, 3.6 / 7.8 / 22.9 / 80 / 306 with bfloat16
+    ("sm90", 4): ((64, Tile(16, 16, 4, 1)), (ANY, Tile(16, 8, 8, 1))),
+    ("sm90", 2): ((64, Tile(8, 8, 4, 1)), (ANY, Tile(16, 16, 8, 1))),
+    ("gfx942", 4): ((256, Tile(8, 8, 8, 1)), (ANY, Tile(16, 16, 8, 1))),
+    ("gfx942", 2): ((256, Tile(16, 16, 8, 1)), (ANY, Tile(32, 32, 8, 1))),
+}
+# where a gate is given: a program that owns a whole head normalises it, else a launch more does,
+# which wins on Hopper where there are enough heads
+GATED_TILES: Table = {
+    ("sm90", 4): (
+        (64, Tile(128, 128, 8, 16)),
+        (256, Tile(128, 64, 8, 8)),
+        (ANY, Tile(16, 8, 8, 1)),
+    ),
+    ("sm90", 2): (
+        (64, Tile(128, 128, 8, 8)),
+        (256, Tile(128, 64, 8, 8)),
+        (ANY, Tile(16, 16, 8, 1)),
+    ),
+    ("gfx942", 4): ((256, Tile(128, 128, 8, 8)), (ANY, Tile(128, 64, 8, 4))),
+    ("gfx942", 2): ((256, Tile(128, 128, 8, 8)), (ANY, Tile(128, 64, 8, 4))),
+}
+LEAST_RUN = 64  # bytes of a row of the layout KV that a panel takes at least
+MOST_WARPS = 16
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add_triples(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def _decode(
+    q, k, v, a, b, A_log, dt_bias, state, state_indices, out_state_indices, gate, weight, out, eps,
+    q_t, q_h, q_k, k_t, k_h, k_k, v_t, v_h, v_v, a_t, a_h, b_t, b_h, A_log_h, dt_bias_h, state_s,
+    source_t, target_t, gate_t, gate_h, gate_v, weight_v, out_t, out_h, out_v,
+    state_h: tl.constexpr, state_v: tl.constexpr, state_k: tl.constexpr, K_START: tl.constexpr,
+    V_START: tl.constexpr, HV: tl.constexpr, RATIO: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, BV: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr, PAD: tl.constexpr,
+    SCALE: tl.constexpr, L2NORM: tl.constexpr, SILU: tl.constexpr, WAITS: tl.constexpr,
+):  # fmt: skip
+    # a program owns BV rows of one head of one sequence, whatever the batch around them, and takes
+    # them in panels of BP; the loads of a panel are issued before the sums of the one before it
+    SPLIT: tl.constexpr = K // BK
+    PANELS: tl.constexpr = BV // BP
+    program = tl.program_id(0)
+    first = program % (V // BV) * BV
+    h = program // (V // BV) % HV
+    t = (program // (V // BV * HV)).to(tl.int64)
+    rows = first + tl.arange(0, BV)
+    panel_rows = first + tl.arange(0, BP)
+    columns = tl.arange(0, SPLIT)[:, None] * BK + tl.arange(0, BK)[None, :]
+    q += t * q_t + h // RATIO * q_h + columns * q_k
+    k += t * k_t + K_START + h // RATIO * k_h + columns * k_k
+    v += t * v_t + V_START + h * v_h + panel_rows * v_v
+    out += t * out_t + h * out_h + rows * out_v
+
+    # nothing that has to wait for a load stands before the state's loads
+    source = tl.load(state_indices + t * source_t).to(tl.int64)
+    target = source
+    if out_state_indices is not None:
+        target = tl.load(out_state_indices + t * target_t).to(tl.int64)
+    decay_input = tl.load(a + t * a_t + h * a_h)
+    write_input = tl.load(b + t * b_t + h * b_h)
+    log_rate = tl.load(A_log + h * A_log_h)
+    bias = tl.load(dt_bias + h * dt_bias_h)
+    if gate is not None:
+        gates_t = tl.load(gate + t * gate_t + h * gate_h + rows * gate_v)
+        weights = tl.load(weight + rows * weight_v)
+    if not WAITS:
+        query, key, value = tl.load(q), tl.load(k), tl.load(v)
+    if source <= PAD:
+        if WAITS:
+            tl.extra.cuda.gdc_wait()
+        tl.store(out, tl.zeros([BV], out.dtype.element_ty))
+        return
+    # loaded as [SPLIT * BP, BK], where only one layout is natural: BK over few lanes, so that most
+    # of a row's sum lies within a lane
+    i = tl.arange(0, SPLIT * BP)[:, None]
+    tile = (i // BP * BK + tl.arange(0, BK)[None, :]) * state_k + (first + i % BP) * state_v
+    tile += h * state_h
+    old = state + source * state_s + tile
+    new = state + target * state_s + tile
+    S = tl.load(old)
+    if WAITS:
+        # the convolution was launched in the ordinary way, so all before it is done and only its
+        # output is waited for; nothing is stored before this, and no program ends without it, so
+        # what is launched next finds both done, in a stream and in a captured graph alike
+        tl.extra.cuda.gdc_wait()
+        query, key, value = tl.load(q), tl.load(k), tl.load(v)
+
+    query, key = query.to(tl.float32), key.to(tl.float32)
+    qq, kk, qk = tl.reduce((query * query, key * key, query * key), None, _add_triples)
+    q_scale, k_scale = SCALE, 1.0
+    if L2NORM:
+        q_scale, k_scale = tl.rsqrt(qq + 1e-6) * SCALE, tl.rsqrt(kk + 1e-6)
+    g, beta = gates(decay_input, write_input, log_rate, bias)
+    decay = tl.exp(g)
+    query, key = query[:, None, :], key[:, None, :]
+    y = tl.zeros([BP, PANELS], tl.float32)
+    for panel in tl.static_range(PANELS):
+        if panel + 1 < PANELS:
+            next_S = tl.load(old + (panel + 1) * BP * state_v)
+            next_value = tl.load(v + (panel + 1) * BP * v_v)
+        S = tl.reshape(S.to(tl.float32), [SPLIT, BP, BK])
+        # S k and S q of the old state in one pass; the update adds u (k q) to the output
+        seen, read = tl.reduce(tl.reduce((S * key, S * query), 0, _add_pairs), 1, _add_pairs)
+        u = beta * (value.to(tl.float32) - decay * k_scale * seen) * k_scale
+        read = q_scale * (decay * read + u * qk)
+        y = tl.where(tl.arange(0, PANELS)[None, :] == panel, read[:, None], y)
+        S = tl.reshape(decay * S + u[None, :, None] * key, [SPLIT * BP, BK])
+        if target > PAD:
+            tl.store(new + panel * BP * state_v, S.to(state.dtype.element_ty))
+        if panel + 1 < PANELS:
+            S, value = next_S, next_value
+    y = tl.reshape(tl.trans(y), [BV])
+    if gate is not None:
+        y = norm_and_gate(y, gates_t, weights, eps, V, SILU)
+    tl.store(out, y.to(out.dtype.element_ty))
+
+
+def _fit(tile: Tile, spec: GdnSpec) -> Choice:
+    """Return a tile for a layer's heads."""
+    K, V, itemsize = spec.head_k_dim, spec.head_v_dim, spec.state_dtype.itemsize
+    rows, panel = (max(1, number * 128 // K) for number in (tile.rows, tile.panel))
+    BK = min(K, tile.lanes * 16 // itemsize)
+    if spec.state_layout is StateLayout.KV:
+        panel, BK = max(panel, LEAST_RUN // itemsize), K
+    BP = min(panel, V)
+    warps = tile.warps * BP * K // (tile.panel * 128)
+    return Choice(min(max(rows, BP), V), BP, BK, min(max(warps, 1), MOST_WARPS))
+
+
+def _choices(
+    table: Table, spec: GdnSpec, device: Device, *, deterministic: bool
+) -> list[tuple[int, Choice]]:
+    """Return up to how many heads of a batch which tile is used."""
+    itemsize = spec.state_dtype.itemsize
+    entries = table.get((device.arch, itemsize), table[DEFAULT_ARCH[device.kind], itemsize])
+    fitted = [(heads, _fit(tile, spec)) for heads, tile in entries]
+    return fitted[-1:] if deterministic else fitted
+
+
+def _pick(choices: list[tuple[int, Choice]], heads: int) -> Choice:
+    return next(choice for most, choice in choices if heads <= most)
+
+
+def _make_launch(spec: GdnSpec, *, waits: bool, starts: tuple[int, int]) -> Callable[..., None]:
+    """Return what launches the kernel; ``starts`` are the first columns of k and v in theirs."""
+    HV, K, V = spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
+    constants = (*starts, HV, HV // spec.num_k_heads, K, V)
+    rules = (spec.pad_slot, spec.q_scale, spec.qk_l2norm, spec.gate_activation == "silu", waits)
+    # a keyword that only NVIDIA's compiler knows
+    options: dict[str, Any] = {"launch_pdl": True} if waits else {}
+
+    def launch(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        state: Tensor,
+        source: Tensor,
+        target: Tensor | None,
+        gate: Tensor | None,
+        weight: Tensor | None,
+        eps: float,
+        out: Tensor,
+        qkv_strides: tuple[int, ...],
+        choice: Choice,
+    ) -> None:
+        BV, BP, BK, num_warps = choice
+        gate_strides: tuple[int, ...] = (0, 0, 0) if gate is None else gate.stride()
+        if len(gate_strides) == 2:
+            gate_strides = (gate_strides[0], V * gate_strides[1], gate_strides[1])
+        state_s, *state_strides = state.stride()
+        _decode[(out.shape[0] * HV * (V // BV),)](
+            q, k, v, a, b, A_log, dt_bias, state, source, target, gate, weight, out, eps,
+            *qkv_strides, *a.stride(), *b.stride(), *A_log.stride(), *dt_bias.stride(), state_s,
+            *source.stride(), 0 if target is None else target.stride(0), *gate_strides,
+            0 if weight is None else weight.stride(0), *out.stride(), *state_strides, *constants,
+            BV, BP, BK, *rules, num_warps=num_warps, **options,
+        )  # fmt: skip
+
+    return launch
+
+
+def make_recurrent_decode(spec: GdnSpec, device: Device, *, deterministic: bool) -> RecurrentDecode:
+    """Return the op. A row's result depends on the tile and not on the batch around it."""
+    HV = spec.num_v_heads
+    choices = _choices(TILES, spec, device, deterministic=deterministic)
+    launch = _make_launch(spec, waits=False, starts=(0, 0))
+
+    def recurrent_decode(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        state: Tensor,
+        *,
+        state_indices: Tensor,
+        out_state_indices: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        refuse_gradients(q)
+        if out is None:
+            out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        heads = v.shape[0] * HV
+        if heads:
+            launch(
+                q, k, v, a, b, A_log, dt_bias, state, state_indices, out_state_indices, None,
+                None, 0.0, out, (*q.stride(), *k.stride(), *v.stride()), _pick(choices, heads),
+            )  # fmt: skip
+        return out
+
+    return recurrent_decode
+
+
+def make_decode_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> DecodeStep:
+    """Return the op: the convolution's launch, and the recurrence's with the norm in it.
+
+    From Hopper on the second starts while the first still runs and loads its states meanwhile.
+    Where the table has no program own a whole head, the norm is a third launch.
+    """
+    HV, K, V, D = spec.num_v_heads, spec.head_k_dim, spec.head_v_dim, spec.conv_dim
+    key_dim, _, value_dim = spec.conv_groups
+    overlaps = device.kind == "cuda" and int(device.arch.removeprefix("sm")) >= 90
+    plain = _choices(TILES, spec, device, deterministic=deterministic)
+    gated = _choices(GATED_TILES, spec, device, deterministic=deterministic)
+    conv1d_update = make_conv1d_update(spec, device, deterministic=deterministic, pdl=overlaps)
+    gated_rms_norm = make_gated_rms_norm(spec, device, deterministic=deterministic)
+    launch = _make_launch(spec, waits=overlaps, starts=(key_dim, D - value_dim))
+    qkv_strides = (D, K, 1, D, K, 1, D, V, 1)
+
+    def decode_step(
+        mixed_qkv: Tensor,
+        a: Tensor,
+        b: Tensor,
+        params: GdnParams,
+        pool: StatePool,
+        *,
+        state_indices: Tensor,
+        out_state_indices: Tensor | None = None,
+        gate: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        refuse_gradients(mixed_qkv)
+        weight, conv_state, state = params.norm_weight, pool.conv_state, pool.state
+        if conv_state is None or state is None or (gate is not None and weight is None):
+            raise InputError("needs both pools, and params.norm_weight where gate is given")
+        B, dtype = mixed_qkv.shape[0], mixed_qkv.dtype
+        if out is None:
+            out = torch.empty((B, HV, V), dtype=dtype, device=mixed_qkv.device)
+        if not B:
+            return out
+        # the gate that the recurrence applies, and the one that is left to a third launch
+        choice, fused, left = _pick(plain, B * HV), None, gate
+        if gate is not None and (whole := _pick(gated, B * HV)).BV == V:
+            choice, fused, left = whole, gate, None
+        mixed = torch.empty((B, D), dtype=dtype, device=mixed_qkv.device)
+        conv1d_update(
+            mixed_qkv, params.conv_weight, params.conv_bias, conv_state,
+            state_indices=state_indices, out_state_indices=out_state_indices, out=mixed,
+        )  # fmt: skip
+        launch(
+            mixed, mixed, mixed, a, b, params.A_log, params.dt_bias, state, state_indices,
+            out_state_indices, fused, weight, params.norm_eps, out, qkv_strides, choice,
+        )  # fmt: skip
+        if left is not None and weight is not None:
+            gated_rms_norm(out, left, weight, eps=params.norm_eps, out=out)
+        return out
+
+    return decode_step

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gated RMSNorm where nothing fuses it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gdn_backend_triton.launch import refuse_gradients
+from gdn_backend_triton.maths import silu
+from gdn_portable.interface import GatedRmsNorm
+from gdn_portable.spec import Device, GdnSpec
+
+HEADS = 4  # heads of V a program normalises
+
+
+@triton.jit
+def norm_and_gate(x, gate, weight, eps, V: tl.constexpr, SILU: tl.constexpr):
+    """Normalise rows [..., V] and gate them; a row of zeros stays zero whatever the gate holds."""
+    mean = tl.sum(x * x, -1, keep_dims=True) / V
+    gate = gate.to(tl.float32)
+    gate = silu(gate) if SILU else tl.sigmoid(gate)
+    y = x * tl.rsqrt(mean + eps) * weight.to(tl.float32) * gate
+    return tl.where(mean > 0.0, y, 0.0)
+
+
+@triton.jit
+def _gated_rms_norm(
+    x, gate, weight, out, eps, rows, x_t, x_h, x_v, gate_t, gate_h, gate_v, out_t, out_h, out_v,
+    weight_v, HV: tl.constexpr, V: tl.constexpr, HEADS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    t = (row // HV).to(tl.int64)[:, None]
+    h = (row % HV)[:, None]
+    v = tl.arange(0, V)[None, :]
+    mask = (row < rows)[:, None]
+    values = tl.load(x + t * x_t + h * x_h + v * x_v, mask=mask, other=0.0).to(tl.float32)
+    gates = tl.load(gate + t * gate_t + h * gate_h + v * gate_v, mask=mask, other=0.0)
+    y = norm_and_gate(values, gates, tl.load(weight + v * weight_v), eps, V, SILU)
+    tl.store(out + t * out_t + h * out_h + v * out_v, y.to(out.dtype.element_ty), mask=mask)
+
+
+def make_gated_rms_norm(spec: GdnSpec, device: Device, *, deterministic: bool) -> GatedRmsNorm:
+    """Return the op: one program for a few heads, which reads and writes each value once."""
+    HV, V, SILU = spec.num_v_heads, spec.head_v_dim, spec.gate_activation == "silu"
+
+    def gated_rms_norm(
+        x: Tensor, gate: Tensor, weight: Tensor, *, eps: float = 1e-6, out: Tensor | None = None
+    ) -> Tensor:
+        refuse_gradients(x)
+        if gate.dim() == 2:
+            gate = gate.unflatten(-1, (HV, V))
+        if out is None:
+            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        rows = len(x) * HV
+        if rows:
+            _gated_rms_norm[(triton.cdiv(rows, HEADS),)](
+                x, gate, weight, out, eps, rows, *x.stride(), *gate.stride(), *out.stride(),
+                weight.stride(0), HV, V, HEADS, SILU, num_warps=1,
+            )  # fmt: skip
+        return out
+
+    return gated_rms_norm

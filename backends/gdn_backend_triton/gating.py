@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log decay and write strength where nothing fuses them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gdn_backend_triton.launch import refuse_gradients
+from gdn_backend_triton.maths import gates
+from gdn_portable.interface import Gating
+from gdn_portable.spec import Device, GdnSpec
+
+BLOCK = 256
+
+
+@triton.jit
+def _gating(
+    a, b, A_log, dt_bias, g, beta, numel, a_t, a_h, b_t, b_h, A_log_h, dt_bias_h,
+    HV: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < numel
+    t = i // HV
+    h = i % HV
+    g_t, beta_t = gates(
+        tl.load(a + t * a_t + h * a_h, mask=mask, other=0.0),
+        tl.load(b + t * b_t + h * b_h, mask=mask, other=0.0),
+        tl.load(A_log + h * A_log_h),
+        tl.load(dt_bias + h * dt_bias_h),
+    )
+    tl.store(g + i, g_t, mask=mask)
+    tl.store(beta + i, beta_t, mask=mask)
+
+
+def make_gating(spec: GdnSpec, device: Device, *, deterministic: bool) -> Gating:
+    """Return the op."""
+    HV = spec.num_v_heads
+
+    def gating(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+        refuse_gradients(a)
+        g = torch.empty(a.shape, dtype=torch.float32, device=a.device)
+        beta = torch.empty(a.shape, dtype=torch.float32, device=a.device)
+        if a.numel():
+            _gating[(triton.cdiv(a.numel(), BLOCK),)](
+                a, b, A_log, dt_bias, g, beta, a.numel(), *a.stride(), *b.stride(),
+                A_log.stride(0), dt_bias.stride(0), HV, BLOCK, num_warps=2,
+            )  # fmt: skip
+        return g, beta
+
+    return gating

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device functions for the maths that the kernels share, all in float32 and natural log."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def softplus(x):
+    """Return log(1 + exp(x)), and x itself above 20."""
+    e = tl.exp(tl.minimum(x, 20.0))
+    u = 1.0 + e
+    # log(u) alone loses a small e; the quotient gives back what rounding took from u
+    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.where(x > 20.0, x, log1p)
+
+
+@triton.jit
+def gates(a, b, A_log, dt_bias):
+    """Return g and beta."""
+    g = -tl.exp(A_log.to(tl.float32)) * softplus(a.to(tl.float32) + dt_bias.to(tl.float32))
+    return g, tl.sigmoid(b.to(tl.float32))
+
+
+@triton.jit
+def silu(x):
+    """Return x * sigmoid(x) without a division: sigmoid is the square of an inverse root."""
+    r = tl.rsqrt(1.0 + tl.exp2(x * -LOG2_E))
+    return x * r * r
+
+
+@triton.jit
+def activate(x, SILU: tl.constexpr):
+    """Return silu(x), or x."""
+    if SILU:
+        x = silu(x)
+    return x

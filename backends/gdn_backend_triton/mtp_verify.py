@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verification that keeps the state after every draft: by snapshots, or in a slot table.
+
+A program owns a few rows of one head's state, holds them in registers and walks the drafts. Both
+sums over K of a draft are taken at once, before its update: o = exp(g) S q + delta (k . q).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gdn_backend_triton.launch import refuse_gradients
+from gdn_backend_triton.maths import gates
+from gdn_backend_triton.replay import make_replay
+from gdn_backend_triton.taps import strides
+from gdn_backend_triton.trees import fill_parents
+from gdn_portable.errors import InputError
+from gdn_portable.interface import MtpVerify
+from gdn_portable.metadata import Drafts, ReplayDrafts, VerifyMetadata, draft_protocol
+from gdn_portable.spec import Device, GdnSpec
+
+
+class Tile(NamedTuple):
+    """The rows of V that a program owns."""
+
+    rows: int
+    warps: int
+
+
+# by architecture: the most sequences times value heads, and the tile
+TILES: dict[str, tuple[tuple[float, Tile], ...]] = {
+    "cuda": ((512, Tile(8, 1)), (float("inf"), Tile(16, 1))),
+    "rocm": ((float("inf"), Tile(16, 1)),),
+}
+LANES = 32  # of K that lie in a row's neighbouring threads; the rest is summed within a thread
+
+
+@triton.jit
+def _load_draft(q, k, v, a, b, targets, t, end, q_t, k_t, v_t, a_t, b_t, targets_p, o_v, o_k):
+    mask = t < end
+    query = tl.load(q + t * q_t + o_k, mask=mask & (o_k >= 0), other=0.0).to(tl.float32)
+    key = tl.load(k + t * k_t + o_k, mask=mask & (o_k >= 0), other=0.0).to(tl.float32)
+    value = tl.load(v + t * v_t + o_v, mask=mask & (o_v >= 0), other=0.0).to(tl.float32)
+    a_raw = tl.load(a + t * a_t, mask=mask, other=0.0)
+    b_raw = tl.load(b + t * b_t, mask=mask, other=0.0)
+    target = tl.load(targets + t * targets_p, mask=mask, other=0).to(tl.int64)
+    return query, key, value, a_raw, b_raw, target
+
+
+@triton.jit
+def _recurrent(
+    q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted, cu_seqlens, parents, kept,
+    rows, out, scale, B, T, COLUMNS,
+    q_t, q_h, k_t, k_h, v_t, v_h, a_t, a_h, b_t, b_h, A_log_h, dt_bias_h,
+    state_s, state_h, state_v, state_k, indices_b, indices_p, accepted_b, cu_b,
+    parents_b, parents_p, kept_r, kept_p, kept_h, kept_v, kept_k, rows_b, out_t, out_h, out_v,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr,
+    BV: tl.constexpr, LANES: tl.constexpr, PAD: tl.constexpr, NORM: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    PARTS: tl.constexpr = V // BV
+    part = tl.program_id(0) % PARTS
+    head = tl.program_id(0) // PARTS % HV
+    sequence = tl.program_id(0) // (PARTS * HV)
+    key_head = head // (HV // H)
+    in_batch = sequence < B
+    o_v = part * BV + tl.arange(0, BV)
+    # rows lie between the two axes of K, so that only the last one is spread over threads
+    o_k = tl.arange(0, K // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+
+    state_indices += sequence.to(tl.int64) * indices_b
+    column = 0
+    if kept is None and num_accepted is not None:
+        column = tl.load(num_accepted + sequence * accepted_b, mask=in_batch, other=0)
+        column = tl.minimum(tl.maximum(column.to(tl.int32) - 1, 0), COLUMNS - 1)
+    slot = tl.load(state_indices + column * indices_p, mask=in_batch, other=PAD).to(tl.int64)
+    start = sequence * P
+    end = start + P
+    if cu_seqlens is not None:
+        start = tl.load(cu_seqlens + sequence * cu_b).to(tl.int32)
+        end = tl.load(cu_seqlens + (sequence + 1) * cu_b, mask=in_batch, other=T).to(tl.int32)
+    row = start.to(tl.int64)
+    count = end - start
+    out += row * out_t + head * out_h + o_v * out_v
+    if slot <= PAD:
+        for t in range(count):
+            tl.store(out + t.to(tl.int64) * out_t, tl.zeros([BV], out.dtype.element_ty))
+        return
+
+    in_state = o_v[None, :, None] * state_v + (o_k * state_k)[:, None, :]
+    if count <= 0:
+        return
+    state += head * state_h
+    S = tl.load(state + slot * state_s + in_state).to(tl.float32)
+    if kept is not None:
+        kept_row = sequence.to(tl.int64)
+        if rows is not None:
+            kept_row = tl.load(rows + sequence * rows_b).to(tl.int64)
+        kept += kept_row * kept_r + head * kept_h
+        in_kept = o_v[None, :, None] * kept_v + (o_k * kept_k)[:, None, :]
+    if parents is not None:
+        parents += sequence.to(tl.int64) * parents_b
+    decay_rate = tl.load(A_log + head * A_log_h)
+    bias = tl.load(dt_bias + head * dt_bias_h)
+    a += row * a_t + head * a_h
+    b += row * b_t + head * b_h
+    q += row * q_t + key_head * q_h
+    k += row * k_t + key_head * k_h
+    v += row * v_t + head * v_h
+    if PDL:
+        # q, k and v are the convolution's; nothing before was
+        tl.extra.cuda.gdc_wait()
+    query, key, value, a_raw, b_raw, target = _load_draft(
+        q, k, v, a, b, state_indices, 0, count, q_t, k_t, v_t, a_t, b_t, indices_p, o_v, o_k
+    )
+    for t in range(count):
+        # the loads of the next draft do not wait for this one's stores
+        query_next, key_next, value_next, a_next, b_next, target_next = _load_draft(
+            q, k, v, a, b, state_indices, t + 1, count, q_t, k_t, v_t, a_t, b_t, indices_p, o_v, o_k
+        )
+        if parents is not None:
+            parent = tl.load(parents + t * parents_p, mask=t > 0, other=-1).to(tl.int32)
+            parent = tl.minimum(tl.maximum(parent, 0), t - 1)
+            if parent != t - 1:
+                S = tl.load(kept + parent.to(tl.int64) * kept_p + in_kept).to(tl.float32)
+        g, beta = gates(a_raw, b_raw, decay_rate, bias)
+        decay = tl.exp(g)
+        key_norm = 1.0
+        query_norm = scale
+        if NORM:
+            key_norm = tl.rsqrt(tl.sum(tl.sum(key * key, 0), 0) + 1e-6)
+            query_norm = tl.rsqrt(tl.sum(tl.sum(query * query, 0), 0) + 1e-6) * scale
+        key *= key_norm
+        query *= query_norm
+        predicted = tl.sum(tl.sum(S * key[:, None, :], 0), 1)
+        prior = tl.sum(tl.sum(S * query[:, None, :], 0), 1)
+        delta = beta * (value - decay * predicted)
+        o = decay * prior + delta * tl.sum(tl.sum(key * query, 0), 0)
+        S = S * decay + delta[None, :, None] * key[:, None, :]
+        tl.store(out + t.to(tl.int64) * out_t, o.to(out.dtype.element_ty))
+        if kept is None:
+            if target > PAD:
+                tl.store(state + target * state_s + in_state, S.to(state.dtype.element_ty))
+        else:
+            tl.store(kept + t.to(tl.int64) * kept_p + in_kept, S.to(kept.dtype.element_ty))
+            if parents is not None:
+                tl.debug_barrier()
+        query, key, value = query_next, key_next, value_next
+        a_raw, b_raw, target = a_next, b_next, target_next
+
+
+class Verify(Protocol):
+    """What both the op and the step launch."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor,
+        dt_bias: Tensor, state: Tensor, *, metadata: VerifyMetadata, drafts: Drafts | None,
+        out: Tensor, gate: Tensor | None = None, norm_weight: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> bool:  # fmt: skip
+        """Launch on tensors that are there, links filled; return whether the gate was applied."""
+        ...
+
+
+def make_verify(spec: GdnSpec, device: Device, *, deterministic: bool, pdl: bool) -> Verify:
+    """Return what launches the kernel of each protocol; ``pdl`` as ``make_replay`` takes it."""
+    H, HV, K, V = spec.num_k_heads, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
+    tiles = TILES.get(device.arch, TILES[device.kind])
+    lanes = min(LANES, K)
+    options = {"launch_pdl": True} if pdl else {}
+    replay = make_replay(spec, device, deterministic=deterministic, pdl=pdl)
+
+    def verify(
+        q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
+        state: Tensor, *, metadata: VerifyMetadata, drafts: Drafts | None, out: Tensor,
+        gate: Tensor | None = None, norm_weight: Tensor | None = None, eps: float = 1e-6,
+    ) -> bool:  # fmt: skip
+        draft_protocol(metadata, drafts)
+        P, cu, B = metadata.max_drafts, metadata.cu_seqlens, _batch(v, metadata)
+        sequences = B if cu is None else B + 1
+        if sequences == 0:
+            return False
+        if isinstance(drafts, ReplayDrafts):
+            return replay(
+                q, k, v, a, b, A_log, dt_bias, state, metadata=metadata, drafts=drafts, B=B,
+                out=out, gate=gate, norm_weight=norm_weight, eps=eps,
+            )  # fmt: skip
+        if drafts is not None and drafts.state is None:
+            raise InputError("drafts.state is None, needs a tensor")
+        heads = 1 << 30 if deterministic else B * HV
+        rows, warps = next(tile for limit, tile in tiles if heads <= limit)
+        rows = min(max(rows * 128 // max(K, 128), 1), V)
+        indices, accepted, parents = metadata.state_indices, metadata.num_accepted, metadata.parents
+        kept = None if drafts is None else drafts.state
+        kept_rows = None if kept is None else metadata.rows
+        _recurrent[(sequences * HV * (V // rows),)](
+            q, k, v, a, b, A_log, dt_bias, state, indices, accepted, cu, parents, kept,
+            kept_rows, out, spec.q_scale, B, len(v), indices.shape[-1],
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            *a.stride(), *b.stride(), A_log.stride(0), dt_bias.stride(0), *state.stride(),
+            indices.stride(0), 0 if kept is not None else indices.stride(1),
+            *strides(accepted, 1), *strides(cu, 1), *strides(parents, 2), *strides(kept, 5),
+            *strides(kept_rows, 1), *out.stride(),
+            H, HV, K, V, P, rows, lanes, spec.pad_slot, spec.qk_l2norm, pdl,
+            num_warps=warps, num_stages=1, **options,
+        )  # fmt: skip
+        return False
+
+    return verify
+
+
+def make_mtp_verify(spec: GdnSpec, device: Device, *, deterministic: bool) -> MtpVerify:
+    """Return the op."""
+    verify = make_verify(spec, device, deterministic=deterministic, pdl=False)
+
+    def mtp_verify(
+        q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
+        state: Tensor, *, metadata: VerifyMetadata, drafts: Drafts | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        refuse_gradients(v)
+        fill_parents(metadata, _batch(v, metadata))
+        if out is None:
+            out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        verify(q, k, v, a, b, A_log, dt_bias, state, metadata=metadata, drafts=drafts, out=out)
+        return out
+
+    return mtp_verify
+
+
+def _batch(v: Tensor, metadata: VerifyMetadata) -> int:
+    """Return how many sequences there are."""
+    cu_seqlens = metadata.cu_seqlens
+    return len(v) // metadata.max_drafts if cu_seqlens is None else len(cu_seqlens) - 1

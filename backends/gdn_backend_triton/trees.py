@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trees of drafts given by links: who is whose parent, found on the device."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gdn_portable.metadata import VerifyMetadata
+
+
+@triton.jit
+def _fill_parents(
+    next_token, next_sibling, parents, token_b, token_p, sibling_b, sibling_p, parents_b, parents_p,
+    P: tl.constexpr, SIZE: tl.constexpr, DOUBLINGS: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    draft = tl.arange(0, SIZE)
+    drafted = draft < P
+    child = tl.load(next_token + b * token_b + draft * token_p, mask=drafted, other=-1)
+    sibling = tl.load(next_sibling + b * sibling_b + draft * sibling_p, mask=drafted, other=-1)
+    linked = draft[:, None]
+    child_of = tl.max(tl.where(child[None, :] == linked, draft[None, :], -1), 1)
+    after = tl.max(tl.where(sibling[None, :] == linked, draft[None, :], -1), 1)
+    # walk to the first sibling, twice as far each time
+    first = tl.where(after < 0, draft, after)
+    for _ in tl.static_range(DOUBLINGS):
+        first = tl.gather(first, first, 0)
+    parent = tl.maximum(tl.gather(child_of, first, 0), 0)
+    target = parents + b * parents_b + draft * parents_p
+    tl.store(target, parent.to(parents.dtype.element_ty), mask=drafted)
+
+
+def fill_parents(metadata: VerifyMetadata, batch: int) -> None:
+    """Fill ``metadata.parents`` from its links, where it has them.
+
+    Written in place where it is a tensor, else allocated as [batch, P] and stored. A draft that
+    nothing links to becomes a child of the root; a link outside of the tree is none.
+    """
+    next_token, next_sibling, P = metadata.next_token, metadata.next_sibling, metadata.max_drafts
+    if next_token is None or next_sibling is None:
+        return
+    if metadata.parents is None:
+        metadata.parents = torch.empty(batch, P, dtype=next_token.dtype, device=next_token.device)
+    if batch:
+        _fill_parents[(batch,)](
+            next_token, next_sibling, metadata.parents, *next_token.stride(),
+            *next_sibling.stride(), *metadata.parents.stride(), P, triton.next_power_of_2(P),
+            P.bit_length(), num_warps=1,
+        )  # fmt: skip

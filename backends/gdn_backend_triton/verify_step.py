@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer's verification of drafts: the convolution, then the recurrence, which starts early."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gdn_backend_triton.conv1d_verify import make_conv1d_verify
+from gdn_backend_triton.gated_rms_norm import make_gated_rms_norm
+from gdn_backend_triton.launch import refuse_gradients
+from gdn_backend_triton.mtp_verify import make_verify
+from gdn_backend_triton.replay import can_overlap
+from gdn_portable.errors import InputError
+from gdn_portable.interface import VerifyStep
+from gdn_portable.metadata import Drafts, GdnParams, VerifyMetadata
+from gdn_portable.spec import Device, GdnSpec
+from gdn_portable.state import StatePool
+
+
+def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> VerifyStep:
+    """Return the op: on Hopper and later, states are on their way while the convolution runs."""
+    H, HV, K, V, D = (
+        spec.num_k_heads,
+        spec.num_v_heads,
+        spec.head_k_dim,
+        spec.head_v_dim,
+        spec.conv_dim,
+    )
+    pdl = can_overlap(device)
+    conv1d_verify = make_conv1d_verify(spec, device, deterministic=deterministic, pdl=pdl)
+    verify = make_verify(spec, device, deterministic=deterministic, pdl=pdl)
+    gated_rms_norm = make_gated_rms_norm(spec, device, deterministic=deterministic)
+
+    def verify_step(
+        mixed_qkv: Tensor, a: Tensor, b: Tensor, params: GdnParams, pool: StatePool, *,
+        metadata: VerifyMetadata, drafts: Drafts | None = None, gate: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        refuse_gradients(mixed_qkv)
+        if pool.conv_state is None or pool.state is None:
+            raise InputError("a pool is None, needs both: a step uses both")
+        T, weight = len(mixed_qkv), params.norm_weight
+        mixed = torch.empty(T, D, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
+        conv1d_verify(
+            mixed_qkv, params.conv_weight, params.conv_bias, pool.conv_state,
+            metadata=metadata, drafts=drafts, out=mixed,
+        )  # fmt: skip
+        if out is None:
+            out = torch.empty(T, HV, V, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
+        if gate is not None and gate.dim() == 2:
+            gate = gate.unflatten(-1, (HV, V))
+        is_gated = verify(
+            mixed.as_strided((T, H, K), (D, K, 1)),
+            mixed.as_strided((T, H, K), (D, K, 1), H * K),
+            mixed.as_strided((T, HV, V), (D, V, 1), 2 * H * K),
+            a, b, params.A_log, params.dt_bias, pool.state, metadata=metadata, drafts=drafts,
+            out=out, gate=gate, norm_weight=weight, eps=params.norm_eps,
+        )  # fmt: skip
+        if gate is None or is_gated:
+            return out
+        if weight is None:
+            raise InputError("gate is given and params.norm_weight is None, needs both or neither")
+        return gated_rms_norm(out, gate, weight, eps=params.norm_eps, out=out)
+
+    return verify_step
