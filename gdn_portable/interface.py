@@ -19,7 +19,8 @@ The rules of every op:
 * ``out`` is written and returned; None allocates it in the activations' dtype.
 * No op synchronises with the host. Arguments are checked where ``bind`` was asked to, or on a CPU:
   then a bad one raises InputError before anything is written, and nothing else is promised of it.
-* Gradients flow to activations and parameters; states are read as they are and written without.
+* Gradients flow to activations and parameters through the reference alone: other kernels raise
+  InputError for an activation that requires one. States are read as they are, written without.
 * Float32 below is float64 where the spec's ``dtype`` or ``state_dtype`` is.
 
 Letters: B sequences of a decode or verify batch, N of a packed batch, T packed tokens, H q/k
@@ -492,6 +493,10 @@ class Warmup(Protocol):
         progress: Callable[[str], None] | None = None,
     ) -> None:
         """Run every op once per size on private memory; after it they are safe to capture.
+
+        Covered are index tensors of int32 and of int64, prefills of those sizes and of at most 64
+        tokens, every protocol and its commit, and optional arguments, given and not, other than
+        ``checkpoint_state``; not activations in unusual layouts or dtypes.
 
         Args:
             batch_sizes: sequences of a decode or verify batch.

@@ -21,7 +21,8 @@ class GatedDeltaNet(nn.Module):
 
     The module holds weights and no state: ops and pool are passed to every forward, so that one
     bound object serves all layers. State dicts of Hugging Face's Qwen3-Next and Qwen3.5 layers
-    load as they are, told apart by their keys.
+    load as they are, told apart by their keys. To train it, bind with ``backend="reference"``: the
+    other kernels have no backward, and are called under ``torch.no_grad()``.
 
     Attributes:
         spec: the layer.

@@ -119,13 +119,18 @@ def explain(
         UnknownBackendError: a backend, op or kernel that was named does not exist.
     """
     facts = detect_device(device)
+    ladders = _ladders(facts, backend, kernels)
+    unserved = {op for op, ladder in ladders.items() if not _first_able(ladder, spec, facts)}
     choices: list[Choice] = []
-    for op, ladder in _ladders(facts, backend, kernels).items():
+    for op, ladder in ladders.items():
         first = _first_able(ladder, spec, facts)
-        choices += [
-            Choice(op, kernel.name, kernel is first, tuple(kernel.reasons(spec, facts)))
-            for kernel in ladder
-        ]
+        for kernel in ladder:
+            reasons = kernel.reasons(spec, facts)
+            if kernel is steps.COMPOSED.get(op):
+                missing = [part.value for part in steps.PARTS[op][1] if part in unserved]
+                reasons += [f"no kernel can serve {part}" for part in missing]
+            chosen = kernel is first and not reasons
+            choices.append(Choice(op, kernel.name, chosen, tuple(reasons)))
     return tuple(choices)
 
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run every op once on private memory, so that nothing compiles or allocates later."""
+"""Run every op on private memory as engines call it, so that nothing compiles later."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ from gdn_portable.spec import Device, GdnSpec, Op, torch_device
 from gdn_portable.state import StatePool
 from gdn_portable.steps import split_qkv
 
+SHORT = 64  # tokens of a prefill that no kernel cuts into segments
+INDEX_DTYPES = {"int32": torch.int32, "int64": torch.int64}
+
 
 def warmup(
     spec: GdnSpec,
@@ -32,83 +37,132 @@ def warmup(
     max_drafts: int = 4,
     progress: Callable[[str], None] | None = None,
 ) -> None:
-    """Run the ops and the steps, with and without a gate, for every size and protocol."""
+    """Run the ops and the steps for every size, with every argument that may be given or not."""
     say = progress or (lambda _: None)
     target = torch_device(device)
     with torch.device(target), torch.no_grad():
-        for tokens in filter(None, prefill_tokens):
-            say(f"prefill of {tokens} tokens")
-            metadata = PrefillMetadata(torch.tensor([0, tokens]), torch.tensor([_slot(spec, 0)]))
-            launchers[Op.PLAN_PREFILL](metadata)
-            pool = StatePool.allocate(spec, _slot(spec, 1), target)
-            prefill = (Op.CONV1D_PREFILL, Op.CHUNK_PREFILL, Op.PREFILL_STEP)
-            _run(spec, launchers, prefill, tokens, pool, metadata=metadata)
-        for batch in filter(None, batch_sizes):
-            say(f"decode of {batch} sequences")
-            slots = torch.arange(batch) + _slot(spec, 0)
-            pool = StatePool.allocate(spec, _slot(spec, batch), target)
-            decode = (Op.CONV1D_UPDATE, Op.RECURRENT_DECODE, Op.DECODE_STEP)
-            _run(spec, launchers, decode, batch, pool, state_indices=slots)
-            if max_drafts:
-                say(f"verify of {batch} sequences with {max_drafts} drafts")
-                _verify(spec, launchers, batch, max_drafts, target)
+        for name, dtype in INDEX_DTYPES.items():
+            calls = _Calls(spec, launchers, target, dtype)
+            for tokens in filter(None, prefill_tokens):
+                say(f"prefill of {tokens} tokens, {name} indices")
+                calls.prefill(tokens)
+            for batch in filter(None, batch_sizes):
+                say(f"decode of {batch} sequences, {name} indices")
+                calls.decode(batch)
+                if max_drafts:
+                    say(f"verify of {batch} sequences with {max_drafts} drafts, {name} indices")
+                    calls.verify(batch, max_drafts)
 
 
-def _verify(
-    spec: GdnSpec,
-    launchers: Mapping[Op, Callable[..., Any]],
-    batch: int,
-    max_drafts: int,
-    target: torch.device,
-) -> None:
-    first = _slot(spec, 0)
-    slots = torch.arange(batch) + first
-    kept: list[tuple[Drafts | None, Tensor]] = [
-        (ReplayDrafts.allocate(spec, first + batch, max_drafts, target), slots),
-        (SnapshotDrafts.allocate(spec, batch, max_drafts, target), slots),
-    ]
-    if spec.conv_state_len >= spec.conv_width - 2 + max_drafts:
-        kept.append((None, first + torch.arange(batch * max_drafts).view(batch, max_drafts)))
-    verify = (Op.CONV1D_VERIFY, Op.MTP_VERIFY, Op.VERIFY_STEP)
-    for drafts, indices in kept:
-        metadata = VerifyMetadata(indices, max_drafts, num_accepted=torch.ones_like(slots))
-        pool = StatePool.allocate(spec, first + indices.numel(), target)
-        tokens = batch * max_drafts
-        _run(spec, launchers, verify, tokens, pool, metadata=metadata, drafts=drafts)
-        if drafts is not None:
-            last = torch.zeros_like(slots)
-            launchers[Op.MTP_COMMIT](pool, drafts, metadata=metadata, last_accepted=last)
+@dataclass(frozen=True, slots=True)
+class _Calls:
+    """What an engine may call with index tensors of one dtype."""
 
+    spec: GdnSpec
+    launchers: Mapping[Op, Callable[..., Any]]
+    device: torch.device
+    dtype: torch.dtype
 
-def _slot(spec: GdnSpec, index: int) -> int:
-    """Return the ``index``-th slot that is not padding."""
-    return max(spec.pad_slot + 1, 0) + index
+    def prefill(self, tokens: int) -> None:
+        """Run a prefill and a short one, from old states and new, and with states kept."""
+        pool, slots = self._pool(3), self._slots(1)
+        for length in sorted({tokens, min(tokens, SHORT)}):
+            cu_seqlens = torch.tensor([0, length], dtype=self.dtype)
+            plain = PrefillMetadata(cu_seqlens, slots)
+            fresh = replace(plain, has_initial_state=torch.tensor([True]))
+            kept = replace(
+                fresh,
+                out_state_indices=slots + 1,
+                checkpoint_offsets=torch.zeros_like(slots),
+                checkpoint_indices=slots + 2,
+            )
+            for metadata in (plain, fresh, kept):
+                self.launchers[Op.PLAN_PREFILL](metadata)
+                prefill = (Op.CONV1D_PREFILL, Op.CHUNK_PREFILL, Op.PREFILL_STEP)
+                self._run(prefill, length, pool, metadata=metadata)
 
+    def decode(self, batch: int) -> None:
+        """Run a decode in place, and into other slots."""
+        slots, pool = self._slots(batch), self._pool(2 * batch)
+        decode = (Op.CONV1D_UPDATE, Op.RECURRENT_DECODE, Op.DECODE_STEP)
+        self._run(decode, batch, pool, state_indices=slots)
+        others = slots + batch
+        self._run(decode, batch, pool, state_indices=slots, out_state_indices=others)
 
-def _run(
-    spec: GdnSpec,
-    launchers: Mapping[Op, Callable[..., Any]],
-    ops: tuple[Op, Op, Op],
-    tokens: int,
-    pool: StatePool,
-    **batch: Any,
-) -> None:
-    """Run a convolution, a recurrence, their step, and what stands between them, on ones."""
-    conv, rule, step = ops
-    HV, V = spec.num_v_heads, spec.head_v_dim
-    mixed = torch.ones(tokens, spec.conv_dim, dtype=spec.dtype)
-    a = torch.ones(tokens, HV, dtype=spec.dtype)
-    gate = torch.ones(tokens, HV, V, dtype=spec.dtype)
-    params = GdnParams(
-        conv_weight=torch.ones(spec.conv_dim, spec.conv_width, dtype=spec.dtype),
-        A_log=torch.zeros(HV),
-        dt_bias=torch.zeros(HV),
-        norm_weight=torch.ones(V, dtype=spec.dtype),
-    )
-    launchers[conv](mixed, params.conv_weight, None, pool.conv_state, **batch)
-    g, beta = launchers[Op.GATING](a, a, params.A_log, params.dt_bias)
-    gates = (g, beta) if rule is Op.CHUNK_PREFILL else (a, a, params.A_log, params.dt_bias)
-    o = launchers[rule](*split_qkv(spec, mixed), *gates, pool.state, **batch)
-    launchers[Op.GATED_RMS_NORM](o, gate, params.norm_weight, eps=params.norm_eps)
-    for given in (None, gate):
-        launchers[step](mixed, a, a, params, pool, gate=given, **batch)
+    def verify(self, batch: int, max_drafts: int) -> None:
+        """Verify and commit under every protocol that the spec has room for."""
+        slots = self._slots(batch)
+        replay = ReplayDrafts.allocate(self.spec, self._slot(batch), max_drafts, self.device)
+        self._verify(VerifyMetadata(slots, max_drafts), replay)
+        snapshots = SnapshotDrafts.allocate(self.spec, batch, max_drafts, self.device)
+        self._verify(VerifyMetadata(slots, max_drafts), snapshots)
+        if self.spec.conv_state_len >= self.spec.conv_width - 2 + max_drafts:
+            table = self._slots(batch * max_drafts).view(batch, max_drafts)
+            self._verify(VerifyMetadata(table, max_drafts), None)
+
+    def _verify(self, metadata: VerifyMetadata, drafts: Drafts | None) -> None:
+        slots, pool = metadata.state_indices, self._pool(2 * metadata.state_indices.numel())
+        verify = (Op.CONV1D_VERIFY, Op.MTP_VERIFY, Op.VERIFY_STEP)
+        for batch in self._shapes(metadata, drafts):
+            tokens = len(slots) * batch.max_drafts
+            self._run(verify, tokens, pool, metadata=batch, drafts=drafts)
+            if drafts is None:
+                continue
+            commit, last = self.launchers[Op.MTP_COMMIT], torch.zeros_like(slots)
+            commit(pool, drafts, metadata=batch, last_accepted=last)
+            others = slots + len(slots)
+            commit(pool, drafts, metadata=batch, last_accepted=last, out_state_indices=others)
+
+    def _shapes(self, metadata: VerifyMetadata, drafts: Drafts | None) -> Iterator[VerifyMetadata]:
+        """Yield a batch as it may come: of chains or trees, all as long or not, in rows or not."""
+        batch, P = len(metadata.state_indices), metadata.max_drafts
+        counts = torch.arange(batch + 1, dtype=self.dtype)
+        chains = replace(metadata, num_accepted=torch.ones_like(counts[1:]))
+        parents = torch.zeros(batch, P, dtype=self.dtype)
+        none = parents - 1
+        trees = replace(chains, parents=parents, next_token=none, next_sibling=none)
+        for batches in (chains,) if drafts is None else (chains, trees):
+            for cu_seqlens in (None, counts * P):
+                drafted = replace(batches, cu_seqlens=cu_seqlens)
+                yield drafted
+                if isinstance(drafts, SnapshotDrafts):
+                    yield replace(drafted, rows=counts[:batch])
+
+    def _run(self, ops: tuple[Op, Op, Op], tokens: int, pool: StatePool, **batch: Any) -> None:
+        """Run a convolution, a recurrence, their step, and what stands between them, on ones."""
+        conv, rule, step = ops
+        HV, V, D, dtype = (
+            self.spec.num_v_heads,
+            self.spec.head_v_dim,
+            self.spec.conv_dim,
+            self.spec.dtype,
+        )
+        mixed = torch.ones(tokens, D, dtype=dtype)
+        a = torch.ones(tokens, HV, dtype=dtype)
+        gate = torch.ones(tokens, HV, V, dtype=dtype)
+        plain = GdnParams(
+            conv_weight=torch.ones(D, self.spec.conv_width, dtype=dtype),
+            A_log=torch.zeros(HV),
+            dt_bias=torch.zeros(HV),
+            norm_weight=torch.ones(V, dtype=dtype),
+        )
+        biased = replace(plain, conv_bias=torch.zeros(D, dtype=dtype))
+        for params in (plain, biased):
+            window = (params.conv_weight, params.conv_bias, pool.conv_state)
+            self.launchers[conv](mixed, *window, **batch)
+        g, beta = self.launchers[Op.GATING](a, a, plain.A_log, plain.dt_bias)
+        gates = (g, beta) if rule is Op.CHUNK_PREFILL else (a, a, plain.A_log, plain.dt_bias)
+        o = self.launchers[rule](*split_qkv(self.spec, mixed), *gates, pool.state, **batch)
+        self.launchers[Op.GATED_RMS_NORM](o, gate, plain.norm_weight, eps=plain.norm_eps)
+        for params, given in product((plain, biased), (None, gate)):
+            self.launchers[step](mixed, a, a, params, pool, gate=given, **batch)
+
+    def _slot(self, index: int) -> int:
+        """Return the ``index``-th slot that is not padding."""
+        return max(self.spec.pad_slot + 1, 0) + index
+
+    def _slots(self, count: int) -> Tensor:
+        return torch.arange(count, dtype=self.dtype) + self._slot(0)
+
+    def _pool(self, slots: int) -> StatePool:
+        return StatePool.allocate(self.spec, self._slot(slots), self.device)

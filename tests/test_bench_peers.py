@@ -20,7 +20,7 @@ from tests.bench import rows_of
 LIBRARIES = ("flashinfer", "fla", "flash_qla", "sglang")
 SPEC = replace(LAYER, num_k_heads=1, num_v_heads=2)
 TABLE = replace(SPEC, conv_window=2 + MAX_DRAFTS)
-CHUNK = replace(SPEC, qk_l2norm=False)
+CHUNK = SPEC
 BF16 = replace(SPEC, state_dtype=torch.bfloat16)
 
 

@@ -168,7 +168,7 @@ def test_rates_are_bytes_and_flops_over_the_median() -> None:
 )
 def test_a_plot_is_a_png_with_a_panel_for_each_op(tmp_path: Path) -> None:
     path = tmp_path / "times.png"
-    packed = Case(op="chunk_prefill", spec=replace(SMALL, qk_l2norm=False), lengths=(4, 4))
+    packed = Case(op="chunk_prefill", spec=SMALL, lengths=(4, 4))
 
     plot(rows_of([NORM, replace(NORM, lengths=(9,)), packed, DECODE]), "a card", path)
 

@@ -1,26 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On an NVIDIA or AMD GPU: the cases pass, nothing synchronises, and graphs replay."""
+"""On an NVIDIA or AMD GPU: the cases pass, nothing synchronises, graphs replay, pools are large."""
+
+from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from gdn_portable import (
+    ConvLayout,
+    DraftProtocol,
     GdnOps,
     GdnParams,
     GdnSpec,
     PrefillMetadata,
     ReplayDrafts,
     SnapshotDrafts,
+    StateLayout,
     StatePool,
     VerifyMetadata,
     bind,
 )
 from gdn_portable.testing import Case, cases
+from tests.calls import leaves
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU, torch sees none", allow_module_level=True)
@@ -34,119 +43,362 @@ SPEC = GdnSpec(
     state_dtype=torch.float32,
     conv_window=6,
 )
+FLOAT32 = replace(SPEC, dtype=torch.float32)
+OTHER_LAYOUTS = {"state_layout": StateLayout.KV, "conv_layout": ConvLayout.LEN_FIRST}
 SPECS = {
     "bf16": SPEC,
-    "fp16": dataclasses.replace(SPEC, dtype=torch.float16, num_v_heads=6),
-    "bf16 state": dataclasses.replace(SPEC, state_dtype=torch.bfloat16, head_v_dim=64),
+    "bf16, other layouts": replace(SPEC, num_v_heads=2, **OTHER_LAYOUTS),
+    "fp16, fp16 state, ratio 3": replace(
+        SPEC, num_v_heads=6, dtype=torch.float16, state_dtype=torch.float16
+    ),
+    "bf16 state, V = 64, width 3": replace(
+        SPEC, state_dtype=torch.bfloat16, head_v_dim=64, conv_width=3, activation=None
+    ),
+    "bf16 state, KV, ratio 8, null block": replace(
+        SPEC,
+        num_k_heads=1,
+        num_v_heads=8,
+        state_dtype=torch.bfloat16,
+        state_layout=StateLayout.KV,
+        pad_slot=0,
+    ),
+    "fp32": FLOAT32,
+    "fp32, K = 64, other layouts": replace(
+        FLOAT32, head_k_dim=64, conv_dtype=torch.bfloat16, **OTHER_LAYOUTS
+    ),
+    "fp32, K = 256, V = 32": replace(FLOAT32, num_v_heads=2, head_k_dim=256, head_v_dim=32),
+    "K = 64, V = 256": replace(SPEC, num_k_heads=1, num_v_heads=3, head_k_dim=64, head_v_dim=256),
+    "K = V = 256": replace(SPEC, num_k_heads=1, num_v_heads=2, head_k_dim=256, head_v_dim=256),
+    "K = 16, V = 32, width 2": replace(
+        SPEC, head_k_dim=16, head_v_dim=32, conv_width=2, gate_activation="sigmoid"
+    ),
+    "fp16, K = 32, V = 16, KV": replace(
+        SPEC, head_k_dim=32, head_v_dim=16, dtype=torch.float16, state_layout=StateLayout.KV
+    ),
 }
-CASES = [(f"{name}: {case.name}", case) for name, spec in SPECS.items() for case in cases(spec)]
+NAMES = [case.name for case in cases(SPECS["fp16, K = 32, V = 16, KV"])]
 
 
-@pytest.mark.parametrize("case", [case for _, case in CASES], ids=[name for name, _ in CASES])
-def test_the_bound_ops_pass_every_case(case: Case) -> None:
-    case.check(bind(case.spec, "cuda"))
+@cache
+def _cases(spec: str) -> dict[str, Case]:
+    return {case.name: case for case in cases(SPECS[spec])}
 
 
-def _layer() -> tuple[GdnOps, GdnParams, StatePool]:
-    """Return ops, parameters and a filled pool of 12 slots."""
-    ops = bind(SPEC, "cuda")
-    with torch.device("cuda"):
-        params = GdnParams(
-            conv_weight=torch.randn(SPEC.conv_dim, 4, dtype=SPEC.dtype),
-            A_log=torch.randn(4),
-            dt_bias=torch.randn(4),
-            norm_weight=torch.ones(128, dtype=SPEC.dtype),
-        )
-    pool = StatePool.allocate(SPEC, 12, "cuda")
-    assert pool.conv_state is not None and pool.state is not None
-    pool.conv_state.normal_()
-    pool.state.normal_()
-    return ops, params, pool
+@cache
+def _bound(spec: GdnSpec) -> GdnOps:
+    return bind(spec, "cuda")
 
 
-def _inputs(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    mixed = torch.randn(tokens, SPEC.conv_dim, dtype=SPEC.dtype, device="cuda")
-    a, b = torch.randn(2, tokens, 4, dtype=SPEC.dtype, device="cuda")
-    return mixed, a, b
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_bound_ops_pass_every_case(spec: str, name: str) -> None:
+    case = _cases(spec)[name]
+
+    case.check(_bound(case.spec))
 
 
-def _index(*values: int) -> torch.Tensor:
-    return torch.tensor(values, device="cuda")
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_op_is_the_triton_kernel(spec: str) -> None:
+    ops = bind(SPECS[spec], "cuda")
 
-
-def _prefill() -> tuple[Callable[..., Any], dict[str, Any], dict[str, torch.Tensor]]:
-    metadata = PrefillMetadata(_index(0, 70, 70, 100), _index(3, 4, -1), seq_lens_cpu=[70, 0, 30])
-    tensors = {"state_indices": _index(5, -1, 7), "cu_seqlens": _index(0, 20, 90, 100)}
-    return (lambda ops: ops.prefill_step), {"metadata": metadata}, tensors
-
-
-def _decode() -> tuple[Callable[..., Any], dict[str, Any], dict[str, torch.Tensor]]:
-    slots = _index(3, 4, -1)
-    return (
-        lambda ops: ops.decode_step,
-        {"state_indices": slots},
-        {"state_indices": _index(5, -1, 7)},
-    )
-
-
-def _verify(drafts: Any, slots: torch.Tensor, other: torch.Tensor) -> Any:
-    metadata = VerifyMetadata(slots, 4, cu_seqlens=_index(0, 4, 4, 7), num_accepted=_index(2, 1, 0))
-    changed = {"state_indices": other, "cu_seqlens": _index(0, 1, 5, 9)}
-    return (lambda ops: ops.verify_step), {"metadata": metadata, "drafts": drafts}, changed
-
-
-def _steps() -> dict[str, Any]:
-    table = torch.arange(12, device="cuda").view(3, 4)
-    moved = torch.tensor([[8, 9, 10, 11], [-1] * 4, [0, 1, 2, 3]], device="cuda")
-    replay = ReplayDrafts.allocate(SPEC, 12, 4, "cuda")
-    snapshot = SnapshotDrafts.allocate(SPEC, 3, 4, "cuda")
-    return {
-        "prefill": _prefill(),
-        "decode": _decode(),
-        "replay": _verify(replay, _index(3, 4, -1), _index(5, -1, 7)),
-        "snapshot": _verify(snapshot, _index(3, 4, -1), _index(5, -1, 7)),
-        "slot table": _verify(None, table, moved),
+    assert {op.value: kernel for op, kernel in ops.kernels.items()} == {
+        op.value: f"triton.{op.value}" for op in ops.kernels
     }
 
 
-@pytest.mark.parametrize("name", ["prefill", "decode", "replay", "snapshot", "slot table"])
-def test_a_step_does_not_synchronise_and_its_graph_replays_with_other_slots(name: str) -> None:
-    ops, params, pool = _layer()
-    pick, batch, changed = _steps()[name]
-    step = pick(ops)
-    rows = {"prefill": 100, "decode": 3}.get(name, 9)
-    mixed, a, b = _inputs(rows)
+P = 4
+Slots = Sequence[int]
 
-    def run(into: StatePool, arguments: dict[str, Any]) -> Any:
-        return step(mixed, a, b, params, into, **arguments)
 
-    start = [pool.conv_state.clone(), pool.state.clone()]  # type: ignore[union-attr]
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            run(pool, batch)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.synchronize()
+@dataclass
+class Work:
+    """A call of an op on a pool, and what to change in place before it is repeated."""
+
+    op: str
+    arguments: dict[str, Any]
+    changes: dict[str, Tensor]
+
+    def run(self, ops: GdnOps, pool: StatePool, arguments: dict[str, Any] | None = None) -> Any:
+        return getattr(ops, self.op)(pool=pool, **(arguments or self.arguments))
+
+
+def _index(*values: Any) -> Tensor:
+    return torch.tensor(values, device="cuda")
+
+
+def _rng() -> torch.Generator:
+    return torch.Generator("cuda").manual_seed(0)
+
+
+def _normal(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=rng, device="cuda").to(dtype)
+
+
+def _rows(spec: GdnSpec, tokens: int, *, gated: bool = False) -> dict[str, Any]:
+    """Return what every step takes."""
+    rng, HV, V = _rng(), spec.num_v_heads, spec.head_v_dim
+    a, b = _normal(rng, 2, tokens, HV, dtype=spec.dtype)
+    gate = _normal(rng, tokens, HV, V, dtype=spec.dtype)
+    params = GdnParams(
+        conv_weight=_normal(rng, spec.conv_dim, spec.conv_width, dtype=spec.dtype),
+        A_log=_normal(rng, HV),
+        dt_bias=_normal(rng, HV),
+        norm_weight=_normal(rng, V, dtype=spec.dtype),
+    )
+    mixed = _normal(rng, tokens, spec.conv_dim, dtype=spec.dtype)
+    rows = {"mixed_qkv": mixed, "a": a, "b": b, "params": params}
+    return {**rows, "gate": gate} if gated else rows
+
+
+def _prefill(spec: GdnSpec, s: Slots, *, kept: bool = False) -> Work:
+    metadata = PrefillMetadata(_index(0, 70, 95, 100), _index(s[0], s[4], -1))
+    changes = {"cu_seqlens": _index(0, 64, 84, 100), "state_indices": _index(s[0], -1, s[4])}
+    if kept:
+        metadata.has_initial_state = _index(True, False, True)
+        metadata.out_state_indices = _index(s[1], s[5], -1)
+        metadata.checkpoint_offsets = _index(64, 10, 3)
+        metadata.checkpoint_indices = _index(s[2], -1, s[6])
+        changes["out_state_indices"] = _index(s[3], -1, s[7])
+    return Work(
+        "prefill_step",
+        {**_rows(spec, 100, gated=kept), "metadata": metadata},
+        {f"metadata__{name}": value for name, value in changes.items()},
+    )
+
+
+def _decode(spec: GdnSpec, s: Slots, *, gated: bool = False) -> Work:
+    arguments = {**_rows(spec, 3, gated=gated), "state_indices": _index(s[0], s[4], -1)}
+    return Work("decode_step", arguments, {"state_indices": _index(s[1], -1, s[5])})
+
+
+def _drafts(spec: GdnSpec, s: Slots, protocol: str) -> ReplayDrafts | SnapshotDrafts | None:
+    """Return drafts with numbers where the slots, or any rows, have theirs."""
+    if protocol == "slot table":
+        return None
+    if protocol == "snapshot":
+        drafts, used = SnapshotDrafts.allocate(spec, 3, P, "cuda"), _index(0, 1, 2)
+    else:
+        drafts, used = ReplayDrafts.allocate(spec, max(s) + 1, P, "cuda"), _index(*s)
+    rng = _rng()
+    for field in dataclasses.fields(drafts):
+        tensor = getattr(drafts, field.name)
+        tensor[used] = _normal(rng, len(used), *tensor.shape[1:], dtype=tensor.dtype)
+    if isinstance(drafts, ReplayDrafts):
+        drafts.g.abs_().neg_()
+        drafts.beta.sigmoid_()
+    return drafts
+
+
+def _batch(s: Slots, protocol: str, *, ragged: bool) -> tuple[VerifyMetadata, dict[str, Tensor]]:
+    """Return three sequences of drafts, the last one padding, and other slots and lengths."""
+    slots, other = _index(s[0], s[4], -1), _index(s[1], -1, s[5])
+    if protocol == "slot table":
+        nobody = [-1] * P
+        slots, other = _index(s[:P], s[P:], nobody), _index(s[P:], nobody, s[:P])
+    offsets = _index(0, 4, 7, 9) if ragged else None
+    metadata = VerifyMetadata(slots, P, cu_seqlens=offsets, num_accepted=_index(2, 1, 0))
+    changes = {"metadata__state_indices": other}
+    return metadata, {**changes, "metadata__cu_seqlens": _index(0, 1, 5, 9)} if ragged else changes
+
+
+def _verify(spec: GdnSpec, s: Slots, *, protocol: str, ragged: bool = False) -> Work:
+    metadata, changes = _batch(s, protocol, ragged=ragged)
+    arguments = {"metadata": metadata, "drafts": _drafts(spec, s, protocol)}
+    return Work("verify_step", {**_rows(spec, 9 if ragged else 3 * P), **arguments}, changes)
+
+
+def _commit(spec: GdnSpec, s: Slots, *, protocol: str) -> Work:
+    metadata, changes = _batch(s, protocol, ragged=False)
+    arguments = {"drafts": _drafts(spec, s, protocol), "metadata": metadata}
+    return Work(
+        "mtp_commit",
+        {**arguments, "last_accepted": _index(2, -1, 1)},
+        {**changes, "last_accepted": _index(0, 1, 3)},
+    )
+
+
+Make = Callable[..., Work]
+# calls as warmup makes them
+WARM: dict[str, tuple[Make, dict[str, Any]]] = {
+    "prefill": (_prefill, {}),
+    "decode": (_decode, {}),
+    "decode with a gate": (_decode, {"gated": True}),
+    **{
+        f"verify by {name}": (_verify, {"protocol": name})
+        for name in ("replay", "snapshot", "slot table")
+    },
+    "commit of replay": (_commit, {"protocol": "replay"}),
+    "commit of snapshot": (_commit, {"protocol": "snapshot"}),
+}
+WORKS = {
+    **WARM,
+    "prefill with a gate and checkpoints": (_prefill, {"kept": True}),
+    **{
+        f"ragged verify by {name}": (_verify, {"protocol": name, "ragged": True})
+        for name in ("replay", "snapshot", "slot table")
+    },
+}
+
+
+def _work(name: str, spec: GdnSpec, s: Slots) -> Work:
+    make, options = WORKS[name]
+    return make(spec, s, **options)
+
+
+def _pool(spec: GdnSpec, num_slots: int, used: Slots) -> StatePool:
+    """Return a pool of pages, zero but for the slots that are used."""
+    pool, rng = StatePool.allocate(spec, num_slots, "cuda", paged=True), _rng()
+    for tensor in _both(pool):
+        tensor[_index(*used)] = _normal(rng, len(used), *tensor.shape[1:], dtype=tensor.dtype)
+    return pool
+
+
+def _both(pool: StatePool) -> tuple[Tensor, Tensor]:
+    assert pool.conv_state is not None and pool.state is not None
+    return pool.conv_state, pool.state
+
+
+def _assert_same(one: StatePool, other: StatePool) -> None:
+    for first, second in zip(_both(one), _both(other), strict=True):
+        assert torch.equal(first, second)
+
+
+def _assert_equal(got: Tensor | None, expected: Tensor | None) -> None:
+    assert got is expected is None or torch.equal(got, expected)
+
+
+def _check_graph(ops: GdnOps, work: Work) -> None:
+    """Capture a call; change slots and lengths, then compare a replay with an eager call."""
+    pool, other = _pool(ops.spec, 11, range(11)), _pool(ops.spec, 11, range(11))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = run(pool, batch)
+        out = work.run(ops, pool)
+    for name, value in work.changes.items():
+        leaves(work.arguments)[name].copy_(value)
+    apart = copy.deepcopy(work.arguments)
 
-    # other slots and lengths, then the same start for the replay and for an eager run
-    holder = batch.get("metadata")
-    for field, value in changed.items():
-        (batch[field] if holder is None else getattr(holder, field)).copy_(value)
-    if holder is not None and getattr(holder, "seq_lens_cpu", None):
-        holder.seq_lens_cpu = [20, 70, 10]
-    other = StatePool(start[0].clone(), start[1].clone())
-    pool.conv_state.copy_(start[0])  # type: ignore[union-attr]
-    pool.state.copy_(start[1])  # type: ignore[union-attr]
-    apart = copy.deepcopy(batch)
     graph.replay()
-    expected = run(other, apart)
+    expected = work.run(ops, other, apart)
 
     torch.cuda.synchronize()
-    assert torch.equal(out, expected)
-    assert torch.equal(pool.conv_state, other.conv_state)  # type: ignore[arg-type]
-    assert torch.equal(pool.state, other.state)  # type: ignore[arg-type]
+    _assert_equal(out, expected)
+    _assert_same(pool, other)
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_a_call_does_not_synchronise(name: str) -> None:
+    pool, work, ops = (
+        _pool(SPEC, 11, range(11)),
+        _work(name, SPEC, range(3, 11)),
+        bind(SPEC, "cuda"),
+    )
+    torch.cuda.synchronize()
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work.run(ops, pool)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_a_graph_replays_with_other_slots_and_lengths(name: str) -> None:
+    ops, work = bind(SPEC, "cuda"), _work(name, SPEC, range(3, 11))
+    work.run(ops, _pool(SPEC, 11, range(11)))
+    torch.cuda.synchronize()
+
+    _check_graph(ops, work)
+
+
+# a layer that no other test has compiled anything for
+FRESH = replace(SPEC, num_k_heads=3, num_v_heads=3)
+
+
+@pytest.mark.parametrize("name", WARM)
+def test_after_warmup_a_graph_is_captured_and_nothing_compiles(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    knobs = pytest.importorskip("triton").knobs
+    ops, compiled = bind(FRESH, "cuda"), []
+    work = _work(name, FRESH, range(3, 11))
+    ops.warmup(batch_sizes=(3,), prefill_tokens=(100,), max_drafts=P)
+    torch.cuda.synchronize()
+
+    def note(*, fn: Any, **_: Any) -> None:
+        compiled.append(fn.name)
+
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", note)
+    _check_graph(ops, work)
+
+    assert compiled == []
+
+
+# a page is 1 MiB of state, with a window: the last slots are 5 GiB and 2 ** 31 elements away
+LARGE = replace(SPEC, num_k_heads=16, num_v_heads=32, state_dtype=torch.bfloat16)
+MANY = 5000
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_a_pool_may_be_larger_than_four_gibibytes(name: str) -> None:
+    ops = bind(LARGE, "cuda")
+    ends = [0, 1, 2, 3, MANY - 4, MANY - 3, MANY - 2, MANY - 1]
+    near, far = _pool(LARGE, 8, range(8)), _pool(LARGE, MANY, ends)
+
+    expected = _work(name, LARGE, range(8)).run(ops, near)
+    got = _work(name, LARGE, ends).run(ops, far)
+
+    _assert_equal(got, expected)
+    for one, other in zip(_both(near), _both(far), strict=True):
+        assert torch.equal(one, other[_index(*ends)])
+        assert not other[4:-4].any()
+
+
+def test_a_prefill_and_a_decode_may_run_at_once_on_other_slots() -> None:
+    ops = bind(SPEC, "cuda")
+    one, other = _pool(SPEC, 11, range(11)), _pool(SPEC, 11, range(11))
+    prefill = _work("prefill", SPEC, (1, 1, 1, 1, 2, 2, 2, 2))
+    decode = _work("decode with a gate", SPEC, (3, 3, 3, 3, 4, 4, 4, 4))
+    expected = [work.run(ops, one) for work in (prefill, decode) for _ in range(20)]
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+
+    got: dict[str, list[Tensor]] = {prefill.op: [], decode.op: []}
+    for _ in range(20):
+        for stream, work in zip(streams, (prefill, decode), strict=True):
+            with torch.cuda.stream(stream):
+                got[work.op].append(work.run(ops, other))
+    torch.cuda.synchronize()
+
+    for mine, alone in zip(got[prefill.op] + got[decode.op], expected, strict=True):
+        assert torch.equal(mine, alone)
+    _assert_same(one, other)
+
+
+PROMPTS = (
+    b"ROMEO\tBut, soft! what light",
+    b"O",
+    b"to be or not to be, to be or not to be, to be or ",
+)
+PLANS = {
+    "plain": None,
+    "replay chain": (DraftProtocol.REPLAY, 5, 1),
+    "replay tree": (DraftProtocol.REPLAY, 5, 2),
+    "snapshot tree": (DraftProtocol.SNAPSHOT, 5, 3),
+    "slot table": (DraftProtocol.SLOT_TABLE, 5, 1),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_the_demo_writes_the_bytes_of_the_reference(
+    plan: tuple[DraftProtocol, int, int] | None,
+) -> None:
+    pytest.importorskip("safetensors")
+    from gdn_portable.demo.generate import Generator, Sampling, Speculation
+    from gdn_portable.demo.model import WEIGHTS, load_model
+
+    def written(device: str, speculation: Speculation | None) -> list[bytes]:
+        model = load_model(WEIGHTS, torch.device(device), torch.float32, max_drafts=5)
+        ops = bind(model.spec, device)
+        return Generator(model, ops, 2, Sampling(), speculation).run(PROMPTS, new_bytes=48).texts
+
+    assert written("cuda", plan and Speculation(*plan)) == written("cpu", None)

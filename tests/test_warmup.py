@@ -11,6 +11,7 @@ import torch
 
 from gdn_portable import (
     ConvLayout,
+    Device,
     GdnParams,
     GdnSpec,
     Op,
@@ -19,6 +20,7 @@ from gdn_portable import (
     StatePool,
     select,
 )
+from gdn_portable.cli.demo import warm_up
 from gdn_portable.reference import BACKEND as REFERENCE
 from tests.fakes import SPEC, backend_of, install, kernel_of, recorded_kernel
 
@@ -58,12 +60,16 @@ def test_warmup_runs_for_every_kind_of_spec(spec: GdnSpec) -> None:
     )
 
     assert said == [
-        "prefill of 1 tokens",
-        "prefill of 65 tokens",
-        "decode of 1 sequences",
-        "verify of 1 sequences with 3 drafts",
-        "decode of 3 sequences",
-        "verify of 3 sequences with 3 drafts",
+        f"{batch}, {dtype} indices"
+        for dtype in ("int32", "int64")
+        for batch in (
+            "prefill of 1 tokens",
+            "prefill of 65 tokens",
+            "decode of 1 sequences",
+            "verify of 1 sequences with 3 drafts",
+            "decode of 3 sequences",
+            "verify of 3 sequences with 3 drafts",
+        )
     ]
 
 
@@ -73,9 +79,12 @@ def test_warmup_without_arguments_takes_one_size_of_each() -> None:
     bind(SPEC, "cpu").warmup(progress=said.append)
 
     assert said == [
-        "prefill of 64 tokens",
-        "decode of 1 sequences",
-        "verify of 1 sequences with 4 drafts",
+        "prefill of 64 tokens, int32 indices",
+        "decode of 1 sequences, int32 indices",
+        "verify of 1 sequences with 4 drafts, int32 indices",
+        "prefill of 64 tokens, int64 indices",
+        "decode of 1 sequences, int64 indices",
+        "verify of 1 sequences with 4 drafts, int64 indices",
     ]
 
 
@@ -84,7 +93,7 @@ def test_warmup_without_drafts_skips_verify() -> None:
 
     bind(SPEC, "cpu").warmup(max_drafts=0, progress=said.append)
 
-    assert said == ["prefill of 64 tokens", "decode of 1 sequences"]
+    assert not [batch for batch in said if batch.startswith("verify")]
 
 
 def test_warmup_of_no_size_runs_nothing() -> None:
@@ -100,7 +109,7 @@ def test_warmup_runs_every_op(monkeypatch: pytest.MonkeyPatch, op: Op) -> None:
     calls: list[Op] = []
     name = install(monkeypatch, backend_of(recorded_kernel(op, calls)))
 
-    bind(SPEC, "cpu", backend=name).warmup()
+    bind(SPEC, "cpu", backend=name).warmup(prefill_tokens=(2,), max_drafts=2)
 
     assert op in calls
 
@@ -116,7 +125,7 @@ def test_warmup_runs_every_op_where_the_steps_are_fused(
     ]
     name = install(monkeypatch, backend_of(recorded_kernel(op, calls), *steps))
 
-    bind(SPEC, "cpu", backend=name).warmup()
+    bind(SPEC, "cpu", backend=name).warmup(prefill_tokens=(2,), max_drafts=2)
 
     assert op in calls
 
@@ -168,4 +177,17 @@ def test_an_error_of_a_kernel_reaches_the_caller_of_warmup(
     name = install(monkeypatch, backend_of(kernel_of(Op.GATING, "broken.gating", fail)))
 
     with pytest.raises(ZeroDivisionError, match="the kernel is broken"):
-        bind(SPEC, "cpu", backend=name).warmup()
+        bind(SPEC, "cpu", backend=name).warmup(prefill_tokens=(2,), max_drafts=2)
+
+
+def test_the_demo_warms_a_gpu_up_for_its_own_sizes_and_a_cpu_not_at_all() -> None:
+    calls: list[dict[str, object]] = []
+    on_a_cpu = replace(bind(SPEC, "cpu"), warmup=lambda **sizes: calls.append(sizes))
+    on_a_gpu = replace(on_a_cpu, device=Device("cuda", "sm90"))
+
+    for ops in (on_a_cpu, on_a_gpu):
+        warm_up(ops, batch=4, tokens=99, max_drafts=0)
+
+    (sizes,) = calls
+    assert callable(sizes.pop("progress"))
+    assert sizes == {"batch_sizes": (4,), "prefill_tokens": (99,), "max_drafts": 0}

@@ -19,7 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_backend_triton.chunk_prepare import CHUNK, attend, invert
-from gdn_backend_triton.launch import refuse_gradients
+from gdn_backend_triton.launch import (
+    FP_FUSION,
+    STEP_SIZES,
+    STEP_TENSORS,
+    ceil_div,
+    refuse_gradients,
+)
 from gdn_backend_triton.sequences import locate, num_programs
 from gdn_portable.interface import ChunkPrefill
 from gdn_portable.metadata import PrefillMetadata
@@ -74,7 +80,11 @@ def _updates(
 @triton.jit
 def _after(S, kt, u, factor, total, PRECISION: tl.constexpr):
     """Return the state that decayed by 2^total and got the updates u with ``factor`` k."""
-    written = (u * factor[:, None]).to(kt.dtype)
+    written = u * factor[:, None]
+    if kt.dtype == tl.float16:
+        # the norm of a zero key is 1e-3: its inverse would overflow, and infinity times 0 is NaN
+        written = tl.minimum(tl.maximum(written, -65504.0), 65504.0)
+    written = written.to(kt.dtype)
     return S * tl.exp2(total) + tl.dot(tl.trans(kt), written, input_precision=PRECISION)
 
 
@@ -115,9 +125,9 @@ def _chunks_to_warm_up(decay, boundary, LIMIT, DECAYS: tl.constexpr):
     return chunks, total > DROPPED
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _bridge(
-    k, v, state, inverse, decay, read, write, initial, add, multiply_high, multiply_low,
+    k, v, state, inverse, decay, initial, add, multiply_high, multiply_low,
     cu_seqlens, state_indices, has_initial_state, N, T, segment_tokens, warm_up_limit,
     state_s, state_h, state_v, state_k, cu_s, state_indices_s, has_initial_s,
     k_t: tl.constexpr, k_h: tl.constexpr, k_k: tl.constexpr,
@@ -147,8 +157,8 @@ def _bridge(
     v += head * v_h
     inverse += head * CHUNK
     decay += head * T
-    read += head * T
-    write += head * T
+    read = decay + HV * T
+    write = decay + 3 * HV * T
     o_k = tl.arange(0, K)
     chunks = segment_tokens // CHUNK
     _, remembers = _chunks_to_warm_up(decay, last, warm_up_limit, L2NORM)
@@ -225,9 +235,9 @@ def _fold(
     return S
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _scan(
-    q, k, v, state, attention, inverse, decay, read, reach, write, k_factor,
+    q, k, v, state, attention, inverse, decay, decay_low, k_factor,
     initial, add, multiply_high, multiply_low, out, checkpoint_state, cu_seqlens, state_indices,
     has_initial_state, out_state_indices, checkpoint_offsets, checkpoint_indices,
     N, T, segment_tokens, warm_up_limit,
@@ -258,9 +268,9 @@ def _scan(
     attention += head * CHUNK
     inverse += head * CHUNK
     decay += head * T
-    read += head * T
-    reach += head * T
-    write += head * T
+    read = decay + HV * T
+    reach = decay + 2 * HV * T
+    write = decay + 3 * HV * T
     r = tl.arange(0, CHUNK)
     o_k = tl.arange(0, K)
     last = tl.minimum(first + segment_tokens, end)
@@ -334,7 +344,12 @@ def _scan(
             if (keep > token) & (keep <= token + CHUNK) & (keep <= end):
                 kept_total = tl.load(decay + keep - 1)
                 G = tl.load(decay + token + r, mask=inside, other=0.0)
-                part = tl.exp2(tl.minimum(kept_total - G, 0.0))
+                apart = kept_total - G
+                if decay_low is not None:
+                    low = decay_low + head * T
+                    apart += tl.load(low + keep - 1)
+                    apart -= tl.load(low + token + r, mask=inside, other=0.0)
+                part = tl.exp2(tl.minimum(apart, 0.0))
                 if L2NORM:
                     part *= tl.load(k_factor + k_head * T + token + r, mask=inside, other=0.0)
                 part = tl.where(r < keep - token, part, 0.0)
@@ -361,7 +376,7 @@ def _segment(tokens: int, sequences: int, programs: int, tile: Tile) -> int:
     """
     if 4 * sequences * programs >= 3 * tile.programs:
         return 0
-    chunks = triton.cdiv(triton.cdiv(tokens * programs, tile.programs), CHUNK.value)
+    chunks = ceil_div(ceil_div(tokens * programs, tile.programs), CHUNK.value)
     segment = max(chunks, SHORTEST) * CHUNK.value
     return segment if segment < tokens else 0
 
@@ -378,6 +393,7 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
     # with memcheck on an H200); two warps use mma instead
     narrow = device.kind == "cuda" and min(BV, K) < 64
     launch_scan = {"num_warps": 2 if narrow else tile.warps, "num_stages": tile.stages}
+    launch_scan["enable_fp_fusion"] = FP_FUSION
     LOW = spec.dtype is not torch.float32
     PRECISION = "ieee" if device.kind == "rocm" or LOW else "tf32x3"
     # the maps of wider heads do not fit into shared memory
@@ -407,7 +423,8 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
 
         attention = scratch(T, HV, CHUNK.value, dtype=v.dtype)
         inverse = scratch(T, HV, CHUNK.value, dtype=v.dtype)
-        decay, read, reach, write = scratch(4, HV, T)
+        decay = scratch(4, HV, T)  # and what a token reads, reaches and writes with
+        decay_low = None if LOW else scratch(HV, T)
         k_factor = scratch(H, T) if L2NORM else None
         cu_seqlens, slots = metadata.cu_seqlens, metadata.state_indices
         fresh, targets = metadata.has_initial_state, metadata.out_state_indices
@@ -416,15 +433,16 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
         cu_s, slots_s = cu_seqlens.stride(0), slots.stride(0)
         places = num_programs(T, N, CHUNK.value)
         attend[(places * H,)](
-            q, k, g, attention, decay, read, reach, write, k_factor, cu_seqlens, slots,
+            q, k, g, attention, decay, decay_low, k_factor, cu_seqlens, slots,
             N, T, spec.q_scale, *g.stride(), cu_s, slots_s, *q.stride(), *k.stride(),
             H, HV, K, min(K, 128), L2NORM, PAD, PRECISION,
-            num_warps=2 if narrow else 4, num_stages=1,
+            num_warps=2 if narrow else 4, num_stages=1, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
         invert[(places * HV,)](
-            k, beta, inverse, decay, k_factor, cu_seqlens, slots, N, T,
+            k, beta, inverse, decay, decay_low, k_factor, cu_seqlens, slots, N, T,
             *beta.stride(), cu_s, slots_s, *k.stride(),
-            H, HV, K, min(K, 64), L2NORM, PAD, LOW, PRECISION, num_warps=1, num_stages=1,
+            H, HV, K, min(K, 128), L2NORM, PAD, LOW, PRECISION,
+            num_warps=1, num_stages=1, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
         segment = 0 if never_cut else _segment(T, N, HV * (V // BV), tile)
         initial = add = high = low = None
@@ -435,13 +453,13 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
             high = scratch(pieces, HV, K, K, dtype=v.dtype)
             low = scratch(pieces, HV, K, K, dtype=v.dtype)
             _bridge[(pieces * HV * (V // BV + K // BK),)](
-                k, v, state, inverse, decay, read, write, initial, add, high, low,
+                k, v, state, inverse, decay, initial, add, high, low,
                 cu_seqlens, slots, fresh, N, T, segment, warm_up,
                 *state.stride(), cu_s, slots_s, _step(fresh), *k.stride(), *v.stride(),
                 H, HV, K, V, BV, BK, L2NORM, PAD, PRECISION, **launch_scan,
             )  # fmt: skip
         _scan[(pieces * HV * (V // BV),)](
-            q, k, v, state, attention, inverse, decay, read, reach, write, k_factor,
+            q, k, v, state, attention, inverse, decay, decay_low, k_factor,
             initial, add, high, low, out, kept, cu_seqlens, slots, fresh, targets, offsets, rows,
             N, T, segment or T + CHUNK.value, warm_up,
             *state.stride(), *kept.stride(),

@@ -17,6 +17,7 @@ series is cut short, so repeated keys with beta near 1 are safe.
 import triton
 import triton.language as tl
 
+from gdn_backend_triton.launch import STEP_SIZES, STEP_TENSORS
 from gdn_backend_triton.maths import LOG2_E
 from gdn_backend_triton.sequences import locate
 
@@ -62,24 +63,56 @@ def _overlap(X, row_factor, column_factor, LOW: tl.constexpr):
 
 
 @triton.jit
-def _store_block(inverse, R, token_row, G_row, G_column, beta, mask, COLUMN: tl.constexpr):
+def _apart(G_i, G_j, low_i, low_j, WIDE: tl.constexpr):
+    """Return G_i - G_j, at most 0; where sums are WIDE without their rounding."""
+    apart = G_i - G_j
+    if WIDE:
+        apart += low_i - low_j
+    return tl.minimum(apart, 0.0)
+
+
+@triton.jit
+def _sums(g, WIDE: tl.constexpr):
+    """Return running sums in log2, and what rounding took from each where WIDE.
+
+    One strong decay would blur the weak ones beside it: sums of sixteenths are exact, the rest of
+    each decay is too small to lose anything.
+    """
+    g = tl.maximum(g, STRONGEST) * LOG2_E
+    G = tl.cumsum(g, 0)
+    low = tl.zeros_like(G)
+    if WIDE:
+        coarse = tl.floor(g * 16.0 + 0.5) * 0.0625
+        high = tl.cumsum(coarse, 0)
+        rest = tl.cumsum(g - coarse, 0)
+        G = high + rest
+        low = (high - G) + rest
+    return G, low
+
+
+@triton.jit
+def _store_block(
+    inverse, R, token_row, G_row, G_column, low_row, low_column, beta, mask,
+    COLUMN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """Store block COLUMN of 16 rows of the inverse, decayed and times beta."""
     column = COLUMN * 16 + tl.arange(0, 16)
-    decay = tl.exp2(tl.minimum(G_row[:, None] - G_column[None, :], 0.0))
+    apart = _apart(G_row[:, None], G_column[None, :], low_row[:, None], low_column[None, :], WIDE)
+    decay = tl.exp2(apart)
     values = R * decay * beta[None, :]
     at = inverse + token_row[:, None] + column[None, :]
     tl.store(at, values.to(inverse.dtype.element_ty), mask=mask[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def attend(
-    q, k, g, attention, decay, read, reach, write, k_factor, cu_seqlens, state_indices, N, T, scale,
+    q, k, g, attention, decay, decay_low, k_factor, cu_seqlens, state_indices, N, T, scale,
     g_t, g_h, cu_s, state_indices_s, q_t: tl.constexpr, q_h: tl.constexpr, q_k: tl.constexpr,
     k_t: tl.constexpr, k_h: tl.constexpr, k_k: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, L2NORM: tl.constexpr,
     PAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fill attention [T, HV, 64], decay [HV, T] in log2, and the factors of each token [HV, T].
+    """Fill attention [T, HV, 64], decay [HV, T] in log2, and behind it three factors [HV, T].
 
     A program owns a chunk of one q/k head. Token i of a chunk sees token j with weight
     e^(G_i - G_j) q_i k_j; blocks of 16 x 16 above the diagonal are not written. The state before
@@ -93,6 +126,9 @@ def attend(
         return
     if tl.load(state_indices + sequence * state_indices_s) <= PAD:
         return
+    read = decay + HV * T
+    reach = read + HV * T
+    write = reach + HV * T
     base = first.to(tl.int64)
     r = tl.arange(0, CHUNK)
     inside = r < end - first
@@ -121,25 +157,30 @@ def attend(
     overlap = tl.where(r[:, None] >= r[None, :], overlap, 0.0)
     written = (r[:, None] // 16 >= r[None, :] // 16) & inside[:, None]
     last = tl.minimum(end - first, CHUNK) - 1
+    WIDE: tl.constexpr = decay_low is not None
     RATIO: tl.constexpr = HV // H
     for i in range(RATIO):
         head = k_head * RATIO + i
         gt = tl.load(g + base * g_t + head * g_h + r * g_t, mask=inside, other=0.0)
-        G = tl.cumsum(tl.maximum(gt, STRONGEST) * LOG2_E, 0)
+        G, low = _sums(gt, WIDE)
         token = head * T + first + r
         total = tl.sum(tl.where(r == last, G, 0.0))
+        total_low = tl.sum(tl.where(r == last, low, 0.0))
+        if WIDE:
+            tl.store(decay_low + token, low, mask=inside)
         tl.store(decay + token, G, mask=inside)
         tl.store(read + token, tl.exp2(G) * n_k, mask=inside)
         tl.store(reach + token, tl.exp2(G) * n_q, mask=inside)
-        tl.store(write + token, tl.exp2(tl.minimum(total - G, 0.0)) * n_k, mask=inside)
-        seen = overlap * tl.exp2(tl.minimum(G[:, None] - G[None, :], 0.0))
+        tl.store(write + token, tl.exp2(_apart(total, G, total_low, low, WIDE)) * n_k, mask=inside)
+        apart = _apart(G[:, None], G[None, :], low[:, None], low[None, :], WIDE)
+        seen = overlap * tl.exp2(apart)
         rows = attention + base * (HV * CHUNK) + head * CHUNK + r[:, None] * (HV * CHUNK)
         tl.store(rows + r[None, :], seen.to(attention.dtype.element_ty), mask=written)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def invert(
-    k, beta, inverse, decay, k_factor, cu_seqlens, state_indices, N, T,
+    k, beta, inverse, decay, decay_low, k_factor, cu_seqlens, state_indices, N, T,
     beta_t, beta_h, cu_s, state_indices_s,
     k_t: tl.constexpr, k_h: tl.constexpr, k_k: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, L2NORM: tl.constexpr,
@@ -198,6 +239,14 @@ def invert(
     g1 = tl.load(at + 16, mask=in1, other=0.0)
     g2 = tl.load(at + 32, mask=in2, other=0.0)
     g3 = tl.load(at + 48, mask=in3, other=0.0)
+    WIDE: tl.constexpr = decay_low is not None
+    low0, low1, low2, low3 = g0, g1, g2, g3
+    if WIDE:
+        at = decay_low + head * T + first + r
+        low0 = tl.load(at, mask=in0, other=0.0)
+        low1 = tl.load(at + 16, mask=in1, other=0.0)
+        low2 = tl.load(at + 32, mask=in2, other=0.0)
+        low3 = tl.load(at + 48, mask=in3, other=0.0)
     at = beta + base * beta_t + head * beta_h + r * beta_t
     b0 = tl.load(at, mask=in0, other=0.0)
     b1 = tl.load(at + 16 * beta_t, mask=in1, other=0.0)
@@ -242,13 +291,13 @@ def invert(
     row1 = row0 + 16 * (HV * CHUNK)
     row2 = row0 + 32 * (HV * CHUNK)
     row3 = row0 + 48 * (HV * CHUNK)
-    _store_block(inverse, r0, row0, g0, g0, b0, in0, 0)
-    _store_block(inverse, r10, row1, g1, g0, b0, in1, 0)
-    _store_block(inverse, r1, row1, g1, g1, b1, in1, 1)
-    _store_block(inverse, r20, row2, g2, g0, b0, in2, 0)
-    _store_block(inverse, r21, row2, g2, g1, b1, in2, 1)
-    _store_block(inverse, r2, row2, g2, g2, b2, in2, 2)
-    _store_block(inverse, r30, row3, g3, g0, b0, in3, 0)
-    _store_block(inverse, r31, row3, g3, g1, b1, in3, 1)
-    _store_block(inverse, r32, row3, g3, g2, b2, in3, 2)
-    _store_block(inverse, r3, row3, g3, g3, b3, in3, 3)
+    _store_block(inverse, r0, row0, g0, g0, low0, low0, b0, in0, 0, WIDE)
+    _store_block(inverse, r10, row1, g1, g0, low1, low0, b0, in1, 0, WIDE)
+    _store_block(inverse, r1, row1, g1, g1, low1, low1, b1, in1, 1, WIDE)
+    _store_block(inverse, r20, row2, g2, g0, low2, low0, b0, in2, 0, WIDE)
+    _store_block(inverse, r21, row2, g2, g1, low2, low1, b1, in2, 1, WIDE)
+    _store_block(inverse, r2, row2, g2, g2, low2, low2, b2, in2, 2, WIDE)
+    _store_block(inverse, r30, row3, g3, g0, low3, low0, b0, in3, 0, WIDE)
+    _store_block(inverse, r31, row3, g3, g1, low3, low1, b1, in3, 1, WIDE)
+    _store_block(inverse, r32, row3, g3, g2, low3, low2, b2, in3, 2, WIDE)
+    _store_block(inverse, r3, row3, g3, g3, low3, low3, b3, in3, 3, WIDE)

@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn_backend_triton.launch import refuse_gradients
+from gdn_backend_triton.launch import (
+    FP_FUSION,
+    STEP_SIZES,
+    STEP_TENSORS,
+    ceil_div,
+    empty_like,
+    power_of_two,
+    refuse_gradients,
+)
 from gdn_backend_triton.maths import gates
 from gdn_backend_triton.sequences import locate, num_programs
 from gdn_backend_triton.taps import (
@@ -160,7 +168,7 @@ def _store_rows(
         tl.store(target, y.to(out.dtype.element_ty), mask=(row + i < left) & mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _conv1d_prefill(
     x, weight, bias, conv_state, out, cu_seqlens, state_indices, out_state_indices,
     has_initial_state, checkpoint_offsets, checkpoint_indices, N, T, x_t, x_d, weight_d, weight_w,
@@ -217,7 +225,7 @@ def make_conv1d_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -
     tile = _tile_of(device)
     C, RUN = tile.channels, tile.run
     RUNS = tile.runs(C)
-    blocks = triton.cdiv(D, C)
+    blocks = ceil_div(D, C)
 
     def conv1d_prefill(
         x: Tensor,
@@ -230,8 +238,8 @@ def make_conv1d_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -
     ) -> Tensor:
         refuse_gradients(x)
         if out is None:
-            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        T, N = len(x), len(metadata.cu_seqlens) - 1
+            out = empty_like(x)
+        T, N = x.shape[0], metadata.cu_seqlens.shape[0] - 1
         programs = num_programs(T, N, RUNS * RUN)
         _conv1d_prefill[(programs * blocks,)](
             x, weight, bias, conv_state, out, metadata.cu_seqlens, metadata.state_indices,
@@ -240,7 +248,8 @@ def make_conv1d_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -
             *conv_state.stride(), *out.stride(), metadata.cu_seqlens.stride(0),
             metadata.state_indices.stride(0), *strides(metadata.out_state_indices, 1),
             *strides(metadata.has_initial_state, 1), *strides(metadata.checkpoint_offsets, 1),
-            *strides(metadata.checkpoint_indices, 1), D, W, C, RUNS, RUN, PAD, SILU, **tile.options,
+            *strides(metadata.checkpoint_indices, 1), D, W, C, RUNS, RUN, PAD, SILU,
+            enable_fp_fusion=FP_FUSION, **tile.options,
         )  # fmt: skip
         return out
 
@@ -267,7 +276,7 @@ def _store_gates(
         tl.store(beta + t * HV + h, beta_t, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _front_end(
     x, a, b, weight, bias, A_log, dt_bias, conv_state, qk, v, g, beta, cu_seqlens, state_indices,
     out_state_indices, has_initial_state, checkpoint_offsets, checkpoint_indices, N, T, x_t, x_d,
@@ -370,8 +379,8 @@ def make_front_end(spec: GdnSpec, device: Device) -> FrontEnd:
     H, HV, K, V = spec.num_k_heads, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
     W, PAD, SILU = spec.conv_width, spec.pad_slot, spec.activation == "silu"
     tile = _tile_of(device)
-    RUNS, RUN, HEADS = tile.runs(K), tile.run, triton.next_power_of_2(HV)
-    blocks = triton.cdiv(spec.conv_dim, K) + 1
+    RUNS, RUN, HEADS = tile.runs(K), tile.run, power_of_two(HV)
+    blocks = ceil_div(spec.conv_dim, K) + 1
 
     def front_end(
         mixed_qkv: Tensor,
@@ -384,11 +393,11 @@ def make_front_end(spec: GdnSpec, device: Device) -> FrontEnd:
         keeps_checkpoints: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         refuse_gradients(mixed_qkv)
-        T, N = len(mixed_qkv), len(metadata.cu_seqlens) - 1
+        T, N = mixed_qkv.shape[0], metadata.cu_seqlens.shape[0] - 1
         dtype, where = mixed_qkv.dtype, mixed_qkv.device
         qk = torch.empty(2, T, H, K, dtype=dtype, device=where)
         v = torch.empty(T, HV, V, dtype=dtype, device=where)
-        g, beta = torch.empty(2, T, HV, dtype=torch.float32, device=where).unbind()
+        g, beta = empty_like(a, torch.float32), empty_like(a, torch.float32)
         offsets, indices = metadata.checkpoint_offsets, metadata.checkpoint_indices
         if not keeps_checkpoints:
             offsets = indices = None
@@ -402,15 +411,14 @@ def make_front_end(spec: GdnSpec, device: Device) -> FrontEnd:
             metadata.state_indices.stride(0), *strides(metadata.out_state_indices, 1),
             *strides(metadata.has_initial_state, 1), *strides(offsets, 1), *strides(indices, 1),
             spec.q_scale, H, HV, K, V, W, RUNS, RUN, HEADS, PAD, SILU, spec.qk_l2norm,
-            **tile.options,
+            enable_fp_fusion=FP_FUSION, **tile.options,
         )  # fmt: skip
-        q, k = qk.unbind()
-        return q, k, v, g, beta
+        return qk[0], qk[1], v, g, beta
 
     return front_end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _conv1d_update(
     x, weight, bias, conv_state, out, state_indices, out_state_indices, B, x_b, x_d, weight_d,
     weight_w, bias_d, state_s, state_d, state_l, out_b, out_d, indices_b, out_indices_b,
@@ -479,17 +487,17 @@ def make_conv1d_update(
     ) -> Tensor:
         refuse_gradients(x)
         if out is None:
-            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        B = len(x)
+            out = empty_like(x)
+        B = x.shape[0]
         if B:
             tile = next((tile for tile in tiles if tile.batch >= B), tiles[-1])
-            grid = triton.cdiv(B, tile.rows) * triton.cdiv(D, tile.channels)
+            grid = ceil_div(B, tile.rows) * ceil_div(D, tile.channels)
             _conv1d_update[(grid,)](
                 x, weight, bias, conv_state, out, state_indices, out_state_indices, B,
                 *x.stride(), *weight.stride(), *strides(bias, 1), *conv_state.stride(),
                 *out.stride(), state_indices.stride(0), *strides(out_state_indices, 1), D, W,
                 tile.rows, tile.channels, PAD, SILU, pdl,
-                num_warps=tile.warps,
+                num_warps=tile.warps, enable_fp_fusion=FP_FUSION,
             )  # fmt: skip
         return out
 

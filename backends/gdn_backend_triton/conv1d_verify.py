@@ -5,12 +5,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn_backend_triton.launch import refuse_gradients
+from gdn_backend_triton.launch import (
+    FP_FUSION,
+    STEP_SIZES,
+    STEP_TENSORS,
+    ceil_div,
+    empty_like,
+    refuse_gradients,
+)
 from gdn_backend_triton.taps import (
     convolve,
     load_bias,
@@ -100,7 +106,7 @@ def _ancestors(history, x, x_t, parents, parents_p, length, mask, P: tl.constexp
     return inputs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _conv1d_verify(
     x, weight, bias, conv_state, kept, out, cu_seqlens, state_indices, num_accepted, rows, parents,
     B, T, room, x_t, x_d, weight_d, weight_w, bias_d, state_s, state_d, state_l, kept_s, kept_p,
@@ -192,7 +198,7 @@ def make_conv1d_verify(
     """
     D, W, PAD, SILU = spec.conv_dim, spec.conv_width, spec.pad_slot, spec.activation == "silu"
     tile = TILES.get(device.arch, TILES[device.kind])
-    blocks = triton.cdiv(D, tile.channels)
+    blocks = ceil_div(D, tile.channels)
 
     def conv1d_verify(
         x: Tensor,
@@ -206,22 +212,25 @@ def make_conv1d_verify(
     ) -> Tensor:
         refuse_gradients(x)
         if out is None:
-            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        T, P, cu_seqlens = len(x), metadata.max_drafts, metadata.cu_seqlens
-        B = T // P if cu_seqlens is None else len(cu_seqlens) - 1
+            out = empty_like(x)
+        T, P, cu_seqlens = x.shape[0], metadata.max_drafts, metadata.cu_seqlens
+        B = T // P if cu_seqlens is None else cu_seqlens.shape[0] - 1
         fill_parents(metadata, B)
         kept, kept_strides = _kept(drafts)
-        sequences = B if cu_seqlens is None else B + triton.cdiv(T, P)
+        # with snapshots nothing is pending in the windows
+        accepted = None if isinstance(drafts, SnapshotDrafts) else metadata.num_accepted
+        sequences = B if cu_seqlens is None else B + ceil_div(T, P)
         if sequences:
             _conv1d_verify[(sequences * blocks,)](
                 x, weight, bias, conv_state, kept, out, cu_seqlens, metadata.state_indices,
-                metadata.num_accepted, metadata.rows, metadata.parents, B, T,
+                accepted, metadata.rows, metadata.parents, B, T,
                 0 if kept is None else kept.shape[1], *x.stride(), *weight.stride(),
                 *strides(bias, 1), *conv_state.stride(), *kept_strides, *out.stride(),
                 *strides(cu_seqlens, 1), metadata.state_indices.stride(0),
-                *strides(metadata.num_accepted, 1), *strides(metadata.rows, 1),
+                *strides(accepted, 1), *strides(metadata.rows, 1),
                 *strides(metadata.parents, 2), D, W, conv_state.shape[2], P, tile.channels, PAD,
                 SILU, draft_protocol(metadata, drafts).value, pdl, num_warps=tile.warps,
+                enable_fp_fusion=FP_FUSION,
             )  # fmt: skip
         return out
 

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from gdn_backend_triton.conv1d import make_conv1d_update
 from gdn_backend_triton.gated_rms_norm import make_gated_rms_norm, norm_and_gate
-from gdn_backend_triton.launch import refuse_gradients
+from gdn_backend_triton.launch import (
+    FP_FUSION,
+    STEP_SIZES,
+    STEP_TENSORS,
+    empty_like,
+    refuse_gradients,
+)
 from gdn_backend_triton.maths import gates
 from gdn_portable.errors import InputError
 from gdn_portable.interface import DecodeStep, RecurrentDecode
@@ -87,7 +93,7 @@ def _add_triples(a, b, c, d, e, f):
     return a + d, b + e, c + f
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _decode(
     q, k, v, a, b, A_log, dt_bias, state, state_indices, out_state_indices, gate, weight, out, eps,
     q_t, q_h, q_k, k_t, k_h, k_k, v_t, v_h, v_v, a_t, a_h, b_t, b_h, A_log_h, dt_bias_h, state_s,
@@ -210,6 +216,7 @@ def _make_launch(spec: GdnSpec, *, waits: bool, starts: tuple[int, int]) -> Call
     rules = (spec.pad_slot, spec.q_scale, spec.qk_l2norm, spec.gate_activation == "silu", waits)
     # a keyword that only NVIDIA's compiler knows
     options: dict[str, Any] = {"launch_pdl": True} if waits else {}
+    options["enable_fp_fusion"] = FP_FUSION
 
     def launch(
         q: Tensor,
@@ -267,7 +274,7 @@ def make_recurrent_decode(spec: GdnSpec, device: Device, *, deterministic: bool)
     ) -> Tensor:
         refuse_gradients(q)
         if out is None:
-            out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+            out = empty_like(v)
         heads = v.shape[0] * HV
         if heads:
             launch(
@@ -313,14 +320,14 @@ def make_decode_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> D
             raise InputError("needs both pools, and params.norm_weight where gate is given")
         B, dtype = mixed_qkv.shape[0], mixed_qkv.dtype
         if out is None:
-            out = torch.empty((B, HV, V), dtype=dtype, device=mixed_qkv.device)
+            out = torch.empty(B, HV, V, dtype=dtype, device=mixed_qkv.device)
         if not B:
             return out
         # the gate that the recurrence applies, and the one that is left to a third launch
         choice, fused, left = _pick(plain, B * HV), None, gate
         if gate is not None and (whole := _pick(gated, B * HV)).BV == V:
             choice, fused, left = whole, gate, None
-        mixed = torch.empty((B, D), dtype=dtype, device=mixed_qkv.device)
+        mixed = empty_like(mixed_qkv)
         conv1d_update(
             mixed_qkv, params.conv_weight, params.conv_bias, conv_state,
             state_indices=state_indices, out_state_indices=out_state_indices, out=mixed,

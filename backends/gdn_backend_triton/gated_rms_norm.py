@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn_backend_triton.launch import refuse_gradients
+from gdn_backend_triton.launch import (
+    FP_FUSION,
+    STEP_SIZES,
+    STEP_TENSORS,
+    ceil_div,
+    empty_like,
+    refuse_gradients,
+)
 from gdn_backend_triton.maths import silu
 from gdn_portable.interface import GatedRmsNorm
 from gdn_portable.spec import Device, GdnSpec
@@ -26,16 +32,16 @@ def norm_and_gate(x, gate, weight, eps, V: tl.constexpr, SILU: tl.constexpr):
     return tl.where(mean > 0.0, y, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _gated_rms_norm(
-    x, gate, weight, out, eps, rows, x_t, x_h, x_v, gate_t, gate_h, gate_v, out_t, out_h, out_v,
-    weight_v, HV: tl.constexpr, V: tl.constexpr, HEADS: tl.constexpr, SILU: tl.constexpr,
+    x, gate, weight, out, eps, num_rows, x_t, x_h, x_v, gate_t, gate_h, gate_v, out_t, out_h,
+    out_v, weight_v, HV: tl.constexpr, V: tl.constexpr, HEADS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     t = (row // HV).to(tl.int64)[:, None]
     h = (row % HV)[:, None]
     v = tl.arange(0, V)[None, :]
-    mask = (row < rows)[:, None]
+    mask = (row < num_rows)[:, None]
     values = tl.load(x + t * x_t + h * x_h + v * x_v, mask=mask, other=0.0).to(tl.float32)
     gates = tl.load(gate + t * gate_t + h * gate_h + v * gate_v, mask=mask, other=0.0)
     y = norm_and_gate(values, gates, tl.load(weight + v * weight_v), eps, V, SILU)
@@ -53,12 +59,13 @@ def make_gated_rms_norm(spec: GdnSpec, device: Device, *, deterministic: bool) -
         if gate.dim() == 2:
             gate = gate.unflatten(-1, (HV, V))
         if out is None:
-            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        rows = len(x) * HV
+            out = empty_like(x)
+        rows = x.shape[0] * HV
         if rows:
-            _gated_rms_norm[(triton.cdiv(rows, HEADS),)](
+            _gated_rms_norm[(ceil_div(rows, HEADS),)](
                 x, gate, weight, out, eps, rows, *x.stride(), *gate.stride(), *out.stride(),
                 weight.stride(0), HV, V, HEADS, SILU, num_warps=1,
+                enable_fp_fusion=FP_FUSION,
             )  # fmt: skip
         return out
 

@@ -8,7 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn_backend_triton.launch import refuse_gradients
+from gdn_backend_triton.launch import (
+    FP_FUSION,
+    STEP_SIZES,
+    STEP_TENSORS,
+    ceil_div,
+    empty_like,
+    refuse_gradients,
+)
 from gdn_backend_triton.maths import gates
 from gdn_portable.interface import Gating
 from gdn_portable.spec import Device, GdnSpec
@@ -16,7 +23,7 @@ from gdn_portable.spec import Device, GdnSpec
 BLOCK = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _gating(
     a, b, A_log, dt_bias, g, beta, numel, a_t, a_h, b_t, b_h, A_log_h, dt_bias_h,
     HV: tl.constexpr, BLOCK: tl.constexpr,
@@ -41,12 +48,13 @@ def make_gating(spec: GdnSpec, device: Device, *, deterministic: bool) -> Gating
 
     def gating(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
         refuse_gradients(a)
-        g = torch.empty(a.shape, dtype=torch.float32, device=a.device)
-        beta = torch.empty(a.shape, dtype=torch.float32, device=a.device)
+        g = empty_like(a, torch.float32)
+        beta = empty_like(a, torch.float32)
         if a.numel():
-            _gating[(triton.cdiv(a.numel(), BLOCK),)](
+            _gating[(ceil_div(a.numel(), BLOCK),)](
                 a, b, A_log, dt_bias, g, beta, a.numel(), *a.stride(), *b.stride(),
                 A_log.stride(0), dt_bias.stride(0), HV, BLOCK, num_warps=2,
+                enable_fp_fusion=FP_FUSION,
             )  # fmt: skip
         return g, beta
 

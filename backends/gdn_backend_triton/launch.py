@@ -14,6 +14,37 @@ from gdn_portable.backend import Launcher, MakeLauncher
 from gdn_portable.errors import InputError
 from gdn_portable.spec import Device, GdnSpec
 
+# what changes from step to step, by the kernels' names for it: Triton would compile again, in the
+# middle of serving, where one turns 1 or a multiple of 16
+STEP_SIZES = (
+    "B", "N", "T", "COLUMNS", "numel", "num_rows", "segment_tokens", "warm_up_limit",
+    "a_t", "a_h", "b_t", "b_h",
+)  # fmt: skip
+# likewise by alignment: slices of an engine's longer tensors, and parts of our own scratch memory
+STEP_TENSORS = (
+    "cu_seqlens", "state_indices", "out_state_indices", "has_initial_state", "checkpoint_offsets",
+    "checkpoint_indices", "num_accepted", "rows", "parents", "next_token", "next_sibling",
+    "last_accepted", "a", "b", "read", "reach", "write",
+)  # fmt: skip
+
+# given with every launch: what Triton does by default is not the same in all versions
+FP_FUSION = True
+
+
+def ceil_div(count: int, size: int) -> int:
+    """Return how many of ``size`` cover ``count``, sooner than ``triton.cdiv`` does."""
+    return -(-count // size)
+
+
+def power_of_two(least: int) -> int:
+    """Return the power of two at or above ``least``, sooner than Triton's own function does."""
+    return 1 << (least - 1).bit_length()
+
+
+def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return new memory of the shape of ``x``, contiguous whatever ``x`` is."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
 
 def refuse_gradients(x: Tensor) -> None:
     """Raise where autograd would record the call: the kernels have no backward.

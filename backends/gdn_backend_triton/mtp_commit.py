@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn_backend_triton.launch import FP_FUSION, STEP_SIZES, STEP_TENSORS, ceil_div
 from gdn_backend_triton.taps import strides
 from gdn_backend_triton.trees import fill_parents
 from gdn_portable.interface import MtpCommit
@@ -70,7 +71,7 @@ def _copy_window(
         tl.store(window + target * window_s + column * window_l, x, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _commit_snapshots(
     state, window, kept, kept_window, state_indices, out_state_indices, rows, last_accepted,
     B, state_n, state_s, state_h, state_v, state_k, window_n, window_s, window_d, window_l,
@@ -175,7 +176,7 @@ def _replay_window(
         tl.store(window + target * window_s + i * window_l, x, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _commit_replay(
     state, window, kept_k, kept_v, kept_g, kept_beta, kept_x, state_indices, out_state_indices,
     parents, last_accepted, state_s, state_h, state_v, state_k, window_s, window_d, window_l,
@@ -229,23 +230,23 @@ def make_mtp_commit(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
         spec.conv_width,
     )
     rows_of_v = min(BV, V)
-    states, windows = HV * (V // rows_of_v), triton.cdiv(D, CHANNELS)
+    states, windows = HV * (V // rows_of_v), ceil_div(D, CHANNELS)
 
     def commit_snapshots(
         pool: StatePool, drafts: SnapshotDrafts, metadata: VerifyMetadata, B: int,
         last_accepted: Tensor, targets: Tensor | None,
     ) -> None:  # fmt: skip
-        state, window = _layered(pool.state, 5), _layered(pool.conv_state, 4)
-        layers = next(len(part) for part in (state, window) if part is not None)
-        kept_state = None if state is None else _layered(drafts.state, 6)
-        kept_window = None if window is None else _layered(drafts.conv_state, 5)
+        state, window = pool.state, pool.conv_state
+        layers = _layers(window, 4) if state is None else _layers(state, 5)
+        kept_state = None if state is None else drafts.state
+        kept_window = None if window is None else drafts.conv_state
         parts = states * (state is not None), windows * (window is not None)
         _commit_snapshots[(layers * B * sum(parts),)](
             state, window, kept_state, kept_window, metadata.state_indices, targets, metadata.rows,
-            last_accepted, B, *strides(state, 5), *strides(window, 4), *strides(kept_state, 6),
-            *strides(kept_window, 5), metadata.state_indices.stride(0), *strides(targets, 1),
+            last_accepted, B, *_layered(state, 5), *_layered(window, 4), *_layered(kept_state, 6),
+            *_layered(kept_window, 5), metadata.state_indices.stride(0), *strides(targets, 1),
             *strides(metadata.rows, 1), last_accepted.stride(0), *parts, K, V, D, W, rows_of_v,
-            CHANNELS, spec.pad_slot, num_warps=4,
+            CHANNELS, spec.pad_slot, num_warps=4, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
 
     def commit_replay(
@@ -262,7 +263,7 @@ def make_mtp_commit(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
             *drafts.beta.stride(), *drafts.conv_inputs.stride(), metadata.state_indices.stride(0),
             *strides(targets, 1), *strides(metadata.parents, 2), last_accepted.stride(0), *parts,
             HV // spec.num_k_heads, K, V, D, W, rows_of_v, min(LANES, K), CHANNELS, spec.pad_slot,
-            spec.qk_l2norm, num_warps=1,
+            spec.qk_l2norm, num_warps=1, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
 
     def mtp_commit(
@@ -285,6 +286,12 @@ def make_mtp_commit(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
     return mtp_commit
 
 
-def _layered(pool: Tensor | None, axes: int) -> Tensor | None:
-    """Return a pool with a layer axis in front, one of length 1 where it has none."""
-    return pool[None] if pool is not None and pool.dim() < axes else pool
+def _layered(pool: Tensor | None, axes: int) -> tuple[int, ...]:
+    """Return the strides of a pool with a layer axis in front, 0 of one that it has not."""
+    own = strides(pool, axes)
+    return own if len(own) == axes else (0, *own)
+
+
+def _layers(pool: Tensor | None, axes: int) -> int:
+    """Return how many layers a pool holds."""
+    return 1 if pool is None or pool.dim() < axes else pool.shape[0]

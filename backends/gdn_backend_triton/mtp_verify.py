@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn_backend_triton.launch import refuse_gradients
+from gdn_backend_triton.launch import (
+    FP_FUSION,
+    STEP_SIZES,
+    STEP_TENSORS,
+    empty_like,
+    refuse_gradients,
+)
 from gdn_backend_triton.maths import gates
 from gdn_backend_triton.replay import make_replay
 from gdn_backend_triton.taps import strides
@@ -52,7 +57,7 @@ def _load_draft(q, k, v, a, b, targets, t, end, q_t, k_t, v_t, a_t, b_t, targets
     return query, key, value, a_raw, b_raw, target
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _recurrent(
     q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted, cu_seqlens, parents, kept,
     rows, out, scale, B, T, COLUMNS,
@@ -61,7 +66,7 @@ def _recurrent(
     parents_b, parents_p, kept_r, kept_p, kept_h, kept_v, kept_k, rows_b, out_t, out_h, out_v,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr,
     BV: tl.constexpr, LANES: tl.constexpr, PAD: tl.constexpr, NORM: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, K_START: tl.constexpr, V_START: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = V // BV
     part = tl.program_id(0) % PARTS
@@ -87,6 +92,10 @@ def _recurrent(
     row = start.to(tl.int64)
     count = end - start
     out += row * out_t + head * out_h + o_v * out_v
+    if PDL:
+        if (slot <= PAD) | (count <= 0):
+            # or a batch without drafts would end before the convolution does
+            tl.extra.cuda.gdc_wait()
     if slot <= PAD:
         for t in range(count):
             tl.store(out + t.to(tl.int64) * out_t, tl.zeros([BV], out.dtype.element_ty))
@@ -110,8 +119,8 @@ def _recurrent(
     a += row * a_t + head * a_h
     b += row * b_t + head * b_h
     q += row * q_t + key_head * q_h
-    k += row * k_t + key_head * k_h
-    v += row * v_t + head * v_h
+    k += row * k_t + K_START + key_head * k_h
+    v += row * v_t + V_START + head * v_h
     if PDL:
         # q, k and v are the convolution's; nothing before was
         tl.extra.cuda.gdc_wait()
@@ -167,13 +176,25 @@ class Verify(Protocol):
         ...
 
 
-def make_verify(spec: GdnSpec, device: Device, *, deterministic: bool, pdl: bool) -> Verify:
-    """Return what launches the kernel of each protocol; ``pdl`` as ``make_replay`` takes it."""
+def make_verify(
+    spec: GdnSpec, device: Device, *, deterministic: bool, pdl: bool, packed: bool
+) -> Verify:
+    """Return what launches the kernel of each protocol.
+
+    Args:
+        spec: the layer.
+        device: where.
+        deterministic: take one tile whatever the batch.
+        pdl: as ``make_replay`` takes it.
+        packed: q, k and v are each passed as all that the convolution wrote, [T, D].
+    """
     H, HV, K, V = spec.num_k_heads, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
+    D = spec.conv_dim
+    starts = (H * K, 2 * H * K) if packed else (0, 0)
     tiles = TILES.get(device.arch, TILES[device.kind])
     lanes = min(LANES, K)
-    options = {"launch_pdl": True} if pdl else {}
-    replay = make_replay(spec, device, deterministic=deterministic, pdl=pdl)
+    options = {"enable_fp_fusion": FP_FUSION} | ({"launch_pdl": True} if pdl else {})
+    replay = make_replay(spec, device, deterministic=deterministic, pdl=pdl, starts=starts)
 
     def verify(
         q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
@@ -185,28 +206,31 @@ def make_verify(spec: GdnSpec, device: Device, *, deterministic: bool, pdl: bool
         sequences = B if cu is None else B + 1
         if sequences == 0:
             return False
+        qkv = D, K, D, K, D, V
+        if not packed:
+            qkv = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
         if isinstance(drafts, ReplayDrafts):
             return replay(
                 q, k, v, a, b, A_log, dt_bias, state, metadata=metadata, drafts=drafts, B=B,
-                out=out, gate=gate, norm_weight=norm_weight, eps=eps,
+                out=out, gate=gate, norm_weight=norm_weight, eps=eps, qkv=qkv,
             )  # fmt: skip
         if drafts is not None and drafts.state is None:
             raise InputError("drafts.state is None, needs a tensor")
         heads = 1 << 30 if deterministic else B * HV
         rows, warps = next(tile for limit, tile in tiles if heads <= limit)
         rows = min(max(rows * 128 // max(K, 128), 1), V)
-        indices, accepted, parents = metadata.state_indices, metadata.num_accepted, metadata.parents
+        indices, parents = metadata.state_indices, metadata.parents
         kept = None if drafts is None else drafts.state
         kept_rows = None if kept is None else metadata.rows
+        accepted = metadata.num_accepted if kept is None else None
         _recurrent[(sequences * HV * (V // rows),)](
             q, k, v, a, b, A_log, dt_bias, state, indices, accepted, cu, parents, kept,
-            kept_rows, out, spec.q_scale, B, len(v), indices.shape[-1],
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            *a.stride(), *b.stride(), A_log.stride(0), dt_bias.stride(0), *state.stride(),
+            kept_rows, out, spec.q_scale, B, v.shape[0], indices.shape[-1],
+            *qkv, *a.stride(), *b.stride(), A_log.stride(0), dt_bias.stride(0), *state.stride(),
             indices.stride(0), 0 if kept is not None else indices.stride(1),
             *strides(accepted, 1), *strides(cu, 1), *strides(parents, 2), *strides(kept, 5),
             *strides(kept_rows, 1), *out.stride(),
-            H, HV, K, V, P, rows, lanes, spec.pad_slot, spec.qk_l2norm, pdl,
+            H, HV, K, V, P, rows, lanes, spec.pad_slot, spec.qk_l2norm, pdl, *starts,
             num_warps=warps, num_stages=1, **options,
         )  # fmt: skip
         return False
@@ -216,7 +240,7 @@ def make_verify(spec: GdnSpec, device: Device, *, deterministic: bool, pdl: bool
 
 def make_mtp_verify(spec: GdnSpec, device: Device, *, deterministic: bool) -> MtpVerify:
     """Return the op."""
-    verify = make_verify(spec, device, deterministic=deterministic, pdl=False)
+    verify = make_verify(spec, device, deterministic=deterministic, pdl=False, packed=False)
 
     def mtp_verify(
         q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
@@ -226,7 +250,7 @@ def make_mtp_verify(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
         refuse_gradients(v)
         fill_parents(metadata, _batch(v, metadata))
         if out is None:
-            out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+            out = empty_like(v)
         verify(q, k, v, a, b, A_log, dt_bias, state, metadata=metadata, drafts=drafts, out=out)
         return out
 
@@ -236,4 +260,4 @@ def make_mtp_verify(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
 def _batch(v: Tensor, metadata: VerifyMetadata) -> int:
     """Return how many sequences there are."""
     cu_seqlens = metadata.cu_seqlens
-    return len(v) // metadata.max_drafts if cu_seqlens is None else len(cu_seqlens) - 1
+    return v.shape[0] // metadata.max_drafts if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -18,6 +18,7 @@ Neumann series fails where a token repeats.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn_backend_triton.launch import FP_FUSION, STEP_SIZES, STEP_TENSORS, power_of_two
 from gdn_backend_triton.maths import gates, silu
 from gdn_backend_triton.taps import strides
 from gdn_portable.metadata import ReplayDrafts, VerifyMetadata
@@ -42,8 +44,8 @@ class Tile(NamedTuple):
 
 # by architecture and bytes of a state's element: the most sequences times value heads, and the tile
 TILES: dict[str, dict[int, tuple[tuple[float, Tile], ...]]] = {
-    # H200, H16/HV32, K = V = 128, P = 4, 3 replayed, with the conv: 23 / 68 / 232 us at B = 8 / 32 /
-    # 128 with a float32 state, 18 / 45 / 154 with bfloat16
+    # H200, H16/HV32, K = V = 128, P = 4, 3 replayed, with the conv: 23 / 68 / 232 us at B = 8 / 32
+    # / 128 with a float32 state, 18 / 45 / 154 with bfloat16
     "cuda": {
         4: ((256, Tile(128, 32, 4)), (1024, Tile(32, 32, 2)), (float("inf"), Tile(64, 32, 4))),
         2: ((256, Tile(32, 32, 2)), (float("inf"), Tile(128, 32, 4))),
@@ -169,7 +171,7 @@ def _place(
     return slot, pending, start.to(tl.int64), count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _solve(
     q, k, a, b, A_log, dt_bias, state_indices, num_accepted, cu_seqlens, parents,
     kept_k, kept_g, kept_beta, rows_of_X, solution, scale, B, T,
@@ -178,7 +180,7 @@ def _solve(
     kept_beta_s, kept_beta_p, kept_beta_h,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, P: tl.constexpr, ROOM: tl.constexpr,
     R: tl.constexpr, RK: tl.constexpr, RQ: tl.constexpr, PAD: tl.constexpr, NORM: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr, K_START: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -191,6 +193,9 @@ def _solve(
         P, ROOM, PAD,
     )  # fmt: skip
     if slot <= PAD:
+        if WAIT:
+            # or a batch of padding alone would end before the convolution does
+            tl.extra.cuda.gdc_wait()
         return
     there = slot > PAD
     count = tl.minimum(count, P)
@@ -239,7 +244,7 @@ def _solve(
     if WAIT:
         # q and k are the convolution's; nothing before was
         tl.extra.cuda.gdc_wait()
-    k += row * k_t + key_head * k_h + o_k
+    k += row * k_t + K_START + key_head * k_h + o_k
     q += row * q_t + key_head * q_h + o_k
     keys = old_k + _fetch(k + (r - ROOM) * k_t, is_key[:, None], there)
     queries = _fetch(q + t1[:, None] * q_t, (t1 < count)[:, None], there)
@@ -275,7 +280,7 @@ def _solve(
     tl.store(solution + (KEYS + t1[:, None]) * R, outputs, mask=(t1[:, None] < P) & (c < KEYS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _replay(
     v, state, state_indices, num_accepted, cu_seqlens, kept_k, kept_v, rows_of_X, solution,
     gate, norm_weight, out, eps, B, T, v_t, v_h, state_s, state_h, state_v, state_k,
@@ -284,7 +289,7 @@ def _replay(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     P: tl.constexpr, ROOM: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
     PAD: tl.constexpr, SILU: tl.constexpr, TERMS: tl.constexpr, UPDATE_TERMS: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr, V_START: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = V // BV
     KEYS: tl.constexpr = ROOM + P
@@ -300,6 +305,8 @@ def _replay(
     )  # fmt: skip
     out += head * out_h + o_v * out_v
     if slot <= PAD:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         zeros = tl.zeros([BV, 16], out.dtype.element_ty)
         for t in range(0, count, 16):
             token = t + tl.arange(0, 16)[None, :]
@@ -329,7 +336,7 @@ def _replay(
     decay_left = tl.load(solution + R)
     is_solved = (r < KEYS) & ((c < ROOM) | ((c >= KEYS) & (c < KEYS + P)))
     solved = _fetch(solution + 2 * R + c * R + r, is_solved, there)
-    v += row * v_t + head * v_h + o_v
+    v += row * v_t + V_START + head * v_h + o_v
     new_v = _fetch(v + (c - ROOM) * v_t, is_key[None, :], there)
     kept_k += slot * kept_k_s + key_head * kept_k_h + o_k * kept_k_k
     if (part == 0) & (head % (HV // H) == 0):
@@ -365,7 +372,7 @@ def _replay(
 
 
 def make_replay(
-    spec: GdnSpec, device: Device, *, deterministic: bool, pdl: bool
+    spec: GdnSpec, device: Device, *, deterministic: bool, pdl: bool, starts: tuple[int, int]
 ) -> Callable[..., bool]:
     """Return what launches the kernels, and says whether they applied the gate.
 
@@ -375,6 +382,7 @@ def make_replay(
         deterministic: take one tile whatever the batch.
         pdl: the kernel before them wrote q, k and v and nothing else that they read, and they may
             start before it ends.
+        starts: first columns of k and v in the tensors that they are passed as.
     """
     H, HV, K, V = spec.num_k_heads, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
     PAD, SILU = spec.pad_slot, spec.gate_activation == "silu"
@@ -383,21 +391,27 @@ def make_replay(
     terms, update_terms = _terms(spec, device)
     precision = "tf32x3" if device.kind == "cuda" else "ieee"
     overlaps = can_overlap(device)
-    early = {"launch_pdl": True}
-    solve_options = early if pdl else {}
-    replay_options = early if overlaps else {}
+    plain = {"enable_fp_fusion": FP_FUSION}
+    early = {**plain, "launch_pdl": True}
+    solve_options = early if pdl else plain
+    replay_options = early if overlaps else plain
+    k_start, v_start = starts
+
+    @functools.cache
+    def fit(P: int, room: int, heads: int) -> tuple[int, int, int, Tile]:
+        R = max(16, power_of_two(room + 2 * P))
+        tile = _tile(tiles, 1 << 30 if deterministic else heads, K, V, R)
+        return R, max(16, power_of_two(room + P)), max(16, power_of_two(P)), tile
 
     def launch(
         q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
         state: Tensor, *, metadata: VerifyMetadata, drafts: ReplayDrafts, B: int, out: Tensor,
-        gate: Tensor | None, norm_weight: Tensor | None, eps: float,
+        gate: Tensor | None, norm_weight: Tensor | None, eps: float, qkv: tuple[int, ...],
     ) -> bool:  # fmt: skip
         P, room = metadata.max_drafts, drafts.k.shape[1]
-        R = max(16, triton.next_power_of_2(room + 2 * P))
-        rows, chunk, warps = _tile(tiles, 1 << 30 if deterministic else B * HV, K, V, R)
+        R, RK, RQ, (rows, chunk, warps) = fit(P, room, B * HV)
         if rows < V:
             gate = None
-        RK = max(16, triton.next_power_of_2(room + P))
         X = torch.empty(B * H * R * K, dtype=k.dtype, device=k.device)
         solution = torch.empty(B * HV * (R + 2) * R, dtype=torch.float32, device=k.device)
         indices, accepted, cu = metadata.state_indices, metadata.num_accepted, metadata.cu_seqlens
@@ -405,21 +419,22 @@ def make_replay(
         if B:
             _solve[(B * HV,)](
                 q, k, a, b, A_log, dt_bias, indices, accepted, cu, metadata.parents, drafts.k,
-                drafts.g, drafts.beta, X, solution, spec.q_scale, B, len(v), q.stride(0),
-                q.stride(1), k.stride(0), k.stride(1), *a.stride(), *b.stride(), A_log.stride(0),
-                dt_bias.stride(0), *batch, *strides(metadata.parents, 2), *drafts.k.stride(),
-                *drafts.g.stride(), *drafts.beta.stride(), H, HV, K, P, room, R, RK,
-                max(16, triton.next_power_of_2(P)), PAD, spec.qk_l2norm, precision, overlaps, pdl,
+                drafts.g, drafts.beta, X, solution, spec.q_scale, B, v.shape[0], *qkv[:4],
+                *a.stride(), *b.stride(), A_log.stride(0), dt_bias.stride(0), *batch,
+                *strides(metadata.parents, 2), *drafts.k.stride(), *drafts.g.stride(),
+                *drafts.beta.stride(), H, HV, K, P, room, R, RK, RQ, PAD, spec.qk_l2norm,
+                precision, overlaps, pdl, k_start,
                 num_warps=1 if RK == 16 and K * k.element_size() <= 256 else 4, num_stages=1,
                 **solve_options,
             )  # fmt: skip
         sequences = B if cu is None else B + 1
         _replay[(sequences * HV * (V // rows),)](
             v, state, indices, accepted, cu, drafts.k, drafts.v, X, solution, gate, norm_weight,
-            out, eps, B, len(v), v.stride(0), v.stride(1), *state.stride(), *batch,
+            out, eps, B, v.shape[0], *qkv[4:], *state.stride(), *batch,
             *drafts.k.stride(), *drafts.v.stride(), *strides(gate, 3), *strides(norm_weight, 1),
             *out.stride(), H, HV, K, V, P, room, R, rows, chunk, PAD, SILU, terms,
-            update_terms, precision, overlaps, num_warps=warps, num_stages=1, **replay_options,
+            update_terms, precision, overlaps, v_start, num_warps=warps, num_stages=1,
+            **replay_options,
         )  # fmt: skip
         return gate is not None
 

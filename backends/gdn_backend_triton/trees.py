@@ -7,10 +7,11 @@ import torch
 import triton
 import triton.language as tl
 
+from gdn_backend_triton.launch import FP_FUSION, STEP_SIZES, STEP_TENSORS, power_of_two
 from gdn_portable.metadata import VerifyMetadata
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _fill_parents(
     next_token, next_sibling, parents, token_b, token_p, sibling_b, sibling_p, parents_b, parents_p,
     P: tl.constexpr, SIZE: tl.constexpr, DOUBLINGS: tl.constexpr,
@@ -46,6 +47,6 @@ def fill_parents(metadata: VerifyMetadata, batch: int) -> None:
     if batch:
         _fill_parents[(batch,)](
             next_token, next_sibling, metadata.parents, *next_token.stride(),
-            *next_sibling.stride(), *metadata.parents.stride(), P, triton.next_power_of_2(P),
-            P.bit_length(), num_warps=1,
+            *next_sibling.stride(), *metadata.parents.stride(), P, power_of_two(P),
+            P.bit_length(), num_warps=1, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip

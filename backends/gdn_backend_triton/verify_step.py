@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gdn_backend_triton.conv1d_verify import make_conv1d_verify
 from gdn_backend_triton.gated_rms_norm import make_gated_rms_norm
-from gdn_backend_triton.launch import refuse_gradients
+from gdn_backend_triton.launch import empty_like, refuse_gradients
 from gdn_backend_triton.mtp_verify import make_verify
 from gdn_backend_triton.replay import can_overlap
 from gdn_portable.errors import InputError
@@ -20,16 +20,10 @@ from gdn_portable.state import StatePool
 
 def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> VerifyStep:
     """Return the op: on Hopper and later, states are on their way while the convolution runs."""
-    H, HV, K, V, D = (
-        spec.num_k_heads,
-        spec.num_v_heads,
-        spec.head_k_dim,
-        spec.head_v_dim,
-        spec.conv_dim,
-    )
+    HV, V = spec.num_v_heads, spec.head_v_dim
     pdl = can_overlap(device)
     conv1d_verify = make_conv1d_verify(spec, device, deterministic=deterministic, pdl=pdl)
-    verify = make_verify(spec, device, deterministic=deterministic, pdl=pdl)
+    verify = make_verify(spec, device, deterministic=deterministic, pdl=pdl, packed=True)
     gated_rms_norm = make_gated_rms_norm(spec, device, deterministic=deterministic)
 
     def verify_step(
@@ -40,8 +34,8 @@ def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> V
         refuse_gradients(mixed_qkv)
         if pool.conv_state is None or pool.state is None:
             raise InputError("a pool is None, needs both: a step uses both")
-        T, weight = len(mixed_qkv), params.norm_weight
-        mixed = torch.empty(T, D, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
+        T, weight = mixed_qkv.shape[0], params.norm_weight
+        mixed = empty_like(mixed_qkv)
         conv1d_verify(
             mixed_qkv, params.conv_weight, params.conv_bias, pool.conv_state,
             metadata=metadata, drafts=drafts, out=mixed,
@@ -51,11 +45,8 @@ def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> V
         if gate is not None and gate.dim() == 2:
             gate = gate.unflatten(-1, (HV, V))
         is_gated = verify(
-            mixed.as_strided((T, H, K), (D, K, 1)),
-            mixed.as_strided((T, H, K), (D, K, 1), H * K),
-            mixed.as_strided((T, HV, V), (D, V, 1), 2 * H * K),
-            a, b, params.A_log, params.dt_bias, pool.state, metadata=metadata, drafts=drafts,
-            out=out, gate=gate, norm_weight=weight, eps=params.norm_eps,
+            mixed, mixed, mixed, a, b, params.A_log, params.dt_bias, pool.state, metadata=metadata,
+            drafts=drafts, out=out, gate=gate, norm_weight=weight, eps=params.norm_eps,
         )  # fmt: skip
         if gate is None or is_gated:
             return out

@@ -64,12 +64,15 @@ class Lds:
         if not self._detects_races:
             self._cells[cells] = values
             return
-        self._note_store(cells, marks, values)
+        race = self._store_race(cells, marks, values)
+        if race is not None:
+            # lanes of a wave may all store one sum, each with a last bit of its own: the last stays
+            cells, marks, values = _last_lanes(cells, marks, values)
+            race = self._store_race(cells, marks, values)
+        if race is not None:
+            raise race
         self._cells[cells] = values
-        # of several waves that write a cell in one instruction, one stays
-        lost = (self._cells[cells] != values) & (self._writers[cells] != marks)
-        if lost.any():
-            raise self._race(cells[lost], "two waves write different values")
+        self._writers[cells] = marks
 
     def _locate(self, waves: Waves, addresses: Array, size: int, what: str) -> tuple[Array, Array]:
         """Return the cells of every active lane, and the mark of the lane's wave, as a column."""
@@ -109,16 +112,27 @@ class Lds:
         if lost.any():
             self._readers[cells[lost]] = _SEVERAL
 
-    def _note_store(self, cells: Array, marks: Array, values: Array) -> None:
-        changed = self._cells[cells] != values
+    def _store_race(self, cells: Array, marks: Array, values: Array) -> LdsRaceError | None:
+        """Return what speaks against a store; nothing is written."""
+        before = self._cells[cells]
+        changed = before != values
         for users, verb in ((self._writers, "wrote"), (self._readers, "reads")):
             other = users[cells]
             racing = (other != 0) & (other != marks) & changed
             if racing.any():
                 number = other[racing][0]
                 who = "others" if number == _SEVERAL else f"wave {number - 1}"
-                raise self._race(cells[racing], f"a wave writes what {who} {verb}")
+                return self._race(cells[racing], f"a wave writes what {who} {verb}")
+        # of several waves that write a cell in one instruction, one stays
+        writers = self._writers[cells]
+        self._cells[cells] = values
         self._writers[cells] = marks
+        lost = (self._cells[cells] != values) & (self._writers[cells] != marks)
+        self._cells[cells] = before
+        self._writers[cells] = writers
+        if lost.any():
+            return self._race(cells[lost], "two waves write different values")
+        return None
 
     def _race(self, cells: Array, what: str) -> LdsRaceError:
         workgroup, address = divmod(int(cells[0]) * self._cell, self._stride)
@@ -126,3 +140,13 @@ class Lds:
             f"LDS race at {address:#x} of workgroup {workgroup} of those that run together: "
             f"{what}, with no barrier between"
         )
+
+
+def _last_lanes(cells: Array, marks: Array, values: Array) -> tuple[Array, Array, Array]:
+    """Keep the last lane's store to each cell of each wave."""
+    marks = np.broadcast_to(marks, cells.shape).reshape(-1)
+    keys = cells.reshape(-1).astype(np.int64) * (int(_SEVERAL) + 1) + marks
+    _, last = np.unique(keys[::-1], return_index=True)
+    last = keys.size - 1 - last
+    columns = (cells.reshape(-1)[last], marks[last], values.reshape(-1)[last])
+    return columns[0][:, None], columns[1][:, None], columns[2][:, None]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,25 @@ PAIRS: dict[str, Compute] = {
     "v_pk_mul_f32": np.multiply,
     "v_pk_fma_f32": fused_multiply_add,
     "v_pk_mov_b32": lambda a, b: np.array(a),
+}
+
+
+def _saturating(compute: Compute, dtype: type[np.integer[Any]]) -> Compute:
+    """Return ``compute`` with results held to the range of ``dtype``, as ``clamp`` asks."""
+    limits = np.iinfo(dtype)
+
+    def held(a: Array, b: Array) -> Array:
+        wide = compute(a.astype(np.int32), b.astype(np.int32))
+        return np.clip(wide, limits.min, limits.max).astype(dtype)
+
+    return held
+
+
+SATURATING: dict[str, tuple[Dtype, Compute]] = {
+    "v_pk_add_u16": (u16, _saturating(np.add, u16)),
+    "v_pk_sub_u16": (u16, _saturating(np.subtract, u16)),
+    "v_pk_add_i16": (i16, _saturating(np.add, i16)),
+    "v_pk_sub_i16": (i16, _saturating(np.subtract, i16)),
 }
 HALVES: dict[str, tuple[Dtype, Compute]] = {
     "v_pk_add_f16": (f16, np.add),
@@ -45,7 +65,9 @@ HALVES: dict[str, tuple[Dtype, Compute]] = {
 def decode_packed(instruction: Instruction) -> Execute:
     """Return what executes a ``v_pk_`` instruction."""
     if instruction.flags:
-        raise instruction.unknown("clamp")
+        if set(instruction.flags) != {"clamp"} or instruction.name not in SATURATING:
+            raise instruction.unknown("clamp")
+        return _decode_halves(instruction, *SATURATING[instruction.name])
     if instruction.name in PAIRS:
         return _decode_pair(instruction, PAIRS[instruction.name])
     if instruction.name in HALVES:

@@ -17,7 +17,13 @@ import typer
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -84,6 +90,12 @@ def demo(
     torch.set_num_threads(1)
     weights = load_model(model, target, dtype.torch, max_drafts=max(1, max_drafts))
     ops = bind(weights.spec, target, backend=backend)
+    warm_up(
+        ops,
+        batch=max_batch,
+        tokens=sum(map(len, prompts)),
+        max_drafts=0 if mode is Mode.PLAIN else max_drafts,
+    )
     sampling, generators = Sampling(temperature, seed), dict[str, Generator]()
     if mode is not Mode.SPECULATIVE:
         generators["plain"] = Generator(weights, ops, max_batch, sampling)
@@ -110,6 +122,21 @@ def demo(
             console.print(f"Speculative decoding wrote {verdict} plain decoding.")
     if not same:
         raise typer.Exit(1)
+
+
+def warm_up(ops: GdnOps, *, batch: int, tokens: int, max_drafts: int) -> None:
+    """Compile before anything is timed, and show what; on a CPU nothing is compiled."""
+    if ops.device.kind == "cpu":
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
+        task = progress.add_task("warmup", total=None)
+        ops.warmup(
+            batch_sizes=(batch,),
+            prefill_tokens=(tokens,),
+            max_drafts=max_drafts,
+            progress=lambda what: progress.update(task, description=f"warmup: {what}"),
+        )
 
 
 @contextmanager

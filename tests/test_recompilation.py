@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serving compiles nothing: kernels are as many as tiles, whatever the sizes of a step."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from ci.amdgcn import Simulator, bind_simulated, driver, simulated  # noqa: E402
+from gdn_portable import (  # noqa: E402
+    GdnOps,
+    GdnParams,
+    GdnSpec,
+    Op,
+    PrefillMetadata,
+    ReplayDrafts,
+    SnapshotDrafts,
+    StatePool,
+    VerifyMetadata,
+)
+from gdn_portable.metadata import Drafts  # noqa: E402
+from gdn_portable.warmup import warmup  # noqa: E402
+
+P = 3
+SPEC = GdnSpec(
+    num_k_heads=1,
+    num_v_heads=2,
+    head_k_dim=64,
+    head_v_dim=64,
+    conv_window=3 + P,
+    dtype=torch.bfloat16,
+    state_dtype=torch.float32,
+)
+SIZES = (1, 2, 3, 16, 17)
+SLOTS = 800
+# no other device has this number, so nothing was compiled for it by another test
+DEVICE = 4242
+
+
+@pytest.fixture
+def ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[GdnOps]:
+    """Return the ops on a device that compiles and launches nothing."""
+    monkeypatch.setitem(driver.DEVICES, "gfx942", DEVICE)
+    monkeypatch.setattr(Simulator, "launch", lambda *_: None)
+    with simulated("gfx942"):
+        yield bind_simulated(SPEC, "gfx942")
+    for kernel in _kernels():
+        kernel.device_caches.pop(DEVICE, None)
+
+
+def _kernels() -> list[JITFunction]:
+    return [thing for thing in gc.get_objects() if type(thing) is JITFunction]
+
+
+def _variants() -> dict[str, int]:
+    """Return how often each kernel was compiled."""
+    return {
+        kernel.__name__: len(kernel.device_caches[DEVICE][0])
+        for kernel in _kernels()
+        if DEVICE in kernel.device_caches
+    }
+
+
+def _index(size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    """Return slots as an engine passes them: part of a longer tensor, aligned to an element."""
+    return torch.arange(SLOTS, dtype=dtype)[size % 5 + 1 :][:size]
+
+
+def _offsets(size: int, step: int) -> Tensor:
+    """Return where ``size`` sequences of ``step`` tokens begin, likewise."""
+    return torch.cat((torch.zeros(size % 5, dtype=torch.int32), _index(size + 1) * step))[
+        size % 5 :
+    ]
+
+
+def _layer(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a layer's activations, ``a`` and ``b`` as halves of one projection of more tokens."""
+    a, b = torch.zeros(tokens + 1, 2 * SPEC.num_v_heads, dtype=SPEC.dtype)[1:].chunk(2, -1)
+    return torch.zeros(tokens, SPEC.conv_dim, dtype=SPEC.dtype), a, b
+
+
+def _gate(tokens: int) -> Tensor:
+    return torch.zeros(tokens, SPEC.num_v_heads * SPEC.head_v_dim, dtype=SPEC.dtype)
+
+
+PARAMS = GdnParams(
+    conv_weight=torch.zeros(SPEC.conv_dim, SPEC.conv_width, dtype=SPEC.dtype),
+    A_log=torch.zeros(SPEC.num_v_heads),
+    dt_bias=torch.zeros(SPEC.num_v_heads),
+    norm_weight=torch.zeros(SPEC.head_v_dim, dtype=SPEC.dtype),
+)
+
+
+def _prefill(ops: GdnOps, size: int, pool: StatePool) -> None:
+    for tokens in SIZES:
+        metadata = PrefillMetadata(
+            _offsets(size, 1),
+            _index(size),
+            has_initial_state=torch.zeros(size + 1, dtype=torch.bool)[1:],
+            out_state_indices=_index(size),
+            checkpoint_offsets=_index(size),
+            checkpoint_indices=_index(size),
+        )
+        ops.prefill_step(*_layer(tokens), PARAMS, pool, metadata=metadata, gate=_gate(tokens))
+
+
+def _decode(ops: GdnOps, size: int, pool: StatePool) -> None:
+    slots = {"state_indices": _index(size), "out_state_indices": _index(size)}
+    ops.decode_step(*_layer(size), PARAMS, pool, **slots, gate=_gate(size))
+
+
+def _verify(ops: GdnOps, size: int, pool: StatePool, drafts: Drafts | None, **tree: Tensor) -> None:
+    slots = _index(size * P).view(size, P) if drafts is None else _index(size)
+    metadata = VerifyMetadata(
+        slots,
+        P,
+        cu_seqlens=_offsets(size, P),
+        num_accepted=_index(size),
+        rows=_index(size) if isinstance(drafts, SnapshotDrafts) else None,
+        **tree,
+    )
+    tokens = size * P
+    ops.verify_step(
+        *_layer(tokens), PARAMS, pool, metadata=metadata, drafts=drafts, gate=_gate(tokens)
+    )
+    if drafts is not None:
+        last = {"last_accepted": _index(size), "out_state_indices": _index(size)}
+        ops.mtp_commit(pool, drafts, metadata=metadata, **last)
+
+
+def _links(size: int) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros(size * P + size % 4, dtype=torch.int32)[size % 4 :].view(size, P)
+        for name in ("parents", "next_token", "next_sibling")
+    }
+
+
+def _replay(ops: GdnOps, size: int, pool: StatePool) -> None:
+    _verify(ops, size, pool, ReplayDrafts.allocate(SPEC, SLOTS, P, "cpu"))
+
+
+def _replay_of_a_tree(ops: GdnOps, size: int, pool: StatePool) -> None:
+    _verify(ops, size, pool, ReplayDrafts.allocate(SPEC, SLOTS, P, "cpu"), **_links(size))
+
+
+def _snapshots(ops: GdnOps, size: int, pool: StatePool) -> None:
+    _verify(ops, size, pool, SnapshotDrafts.allocate(SPEC, SLOTS, P, "cpu"))
+
+
+def _snapshots_of_a_tree(ops: GdnOps, size: int, pool: StatePool) -> None:
+    _verify(ops, size, pool, SnapshotDrafts.allocate(SPEC, SLOTS, P, "cpu"), **_links(size))
+
+
+def _slot_table(ops: GdnOps, size: int, pool: StatePool) -> None:
+    _verify(ops, size, pool, None)
+
+
+VERIFY = {"_conv1d_verify", "_gated_rms_norm"}
+
+
+@pytest.mark.parametrize(
+    ("step", "kernels"),
+    [
+        (_prefill, {"_front_end", "attend", "invert", "_scan", "_gated_rms_norm"}),
+        (_decode, {"_conv1d_update", "_decode"}),
+        (_replay, VERIFY | {"_solve", "_replay", "_commit_replay"}),
+        (_replay_of_a_tree, VERIFY | {"_solve", "_replay", "_commit_replay", "_fill_parents"}),
+        (_snapshots, VERIFY | {"_recurrent", "_commit_snapshots"}),
+        (_snapshots_of_a_tree, VERIFY | {"_recurrent", "_commit_snapshots", "_fill_parents"}),
+        (_slot_table, VERIFY | {"_recurrent"}),
+    ],
+    ids=lambda value: value.__name__[1:] if callable(value) else "",
+)
+def test_a_kernel_is_compiled_once_whatever_a_step_s_sizes_and_slices(
+    ops: GdnOps, step: Callable[[GdnOps, int, StatePool], None], kernels: set[str]
+) -> None:
+    pool = StatePool.allocate(SPEC, SLOTS, "cpu")
+
+    for size in SIZES:
+        step(ops, size, pool)
+
+    assert _variants() == dict.fromkeys(kernels, 1)
+
+
+def test_the_ops_alone_are_compiled_once_whatever_the_sizes(ops: GdnOps) -> None:
+    pool = StatePool.allocate(SPEC, SLOTS, "cpu")
+    state, conv_state = pool.state, pool.conv_state
+    assert state is not None and conv_state is not None
+
+    for size in SIZES:
+        x, a, b = _layer(size)
+        q, k = torch.zeros(2, size, SPEC.num_k_heads, SPEC.head_k_dim, dtype=SPEC.dtype)
+        v = torch.zeros(size, SPEC.num_v_heads, SPEC.head_v_dim, dtype=SPEC.dtype)
+        gates = a, b, PARAMS.A_log, PARAMS.dt_bias
+        metadata = PrefillMetadata(_offsets(size, 1), _index(size))
+        ops.conv1d_prefill(x, PARAMS.conv_weight, None, conv_state, metadata=metadata)
+        ops.chunk_prefill(q, k, v, *ops.gating(*gates), state, metadata=metadata)
+        ops.recurrent_decode(q, k, v, *gates, state, state_indices=_index(size))
+
+    kernels = {"_conv1d_prefill", "_gating", "attend", "invert", "_scan", "_decode"}
+    assert _variants() == dict.fromkeys(kernels, 1)
+
+
+def test_a_decode_is_compiled_once_for_every_tile(ops: GdnOps) -> None:
+    pool = StatePool.allocate(SPEC, SLOTS, "cpu")
+
+    for size in (*SIZES, 33, 64, 129, 200, 399, 400):
+        ops.decode_step(*_layer(size), PARAMS, pool, state_indices=_index(size))
+
+    assert _variants() == {"_conv1d_update": 3, "_decode": 2}
+
+
+def test_a_prefill_is_compiled_twice_with_sequences_cut_and_whole(ops: GdnOps) -> None:
+    pool = StatePool.allocate(SPEC, SLOTS, "cpu")
+
+    for tokens in (64, 255, 300, 512, 1000, 4000):
+        metadata = PrefillMetadata(torch.tensor([0, tokens]), torch.tensor([1]))
+        ops.prefill_step(*_layer(tokens), PARAMS, pool, metadata=metadata)
+
+    once = dict.fromkeys(("_front_end", "attend", "invert", "_bridge"), 1)
+    assert _variants() == {**once, "_scan": 2}
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        _prefill,
+        _decode,
+        _replay,
+        _replay_of_a_tree,
+        _snapshots,
+        _snapshots_of_a_tree,
+        _slot_table,
+    ],
+    ids=lambda step: step.__name__[1:],
+)
+def test_nothing_is_compiled_after_warmup(
+    monkeypatch: pytest.MonkeyPatch, ops: GdnOps, step: Callable[[GdnOps, int, StatePool], None]
+) -> None:
+    monkeypatch.setattr("gdn_portable.warmup.INDEX_DTYPES", {"int32": torch.int32})
+    pool = StatePool.allocate(SPEC, SLOTS, "cpu")
+    launchers = {op: getattr(ops, op.value) for op in Op}
+    warmup(SPEC, ops.device, launchers, prefill_tokens=(300,), max_drafts=P)
+    compiled = _variants()
+
+    for size in SIZES:
+        step(ops, size, pool)
+
+    assert _variants() == compiled
