@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from gdn_portable import ConvLayout, GdnOps, GdnSpec, StateLayout
+from gdn_portable import ConvLayout, DraftProtocol, GdnOps, GdnSpec, StateLayout, bind
+from gdn_portable.demo.generate import Generator, Sampling, Speculation
+from gdn_portable.demo.model import WEIGHTS, load_model
 from gdn_portable.testing import Case, cases
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ SMALL = GdnSpec(
     dtype=torch.bfloat16,
     state_dtype=torch.float32,
 )
+PROMPTS = [b"ROMEO", b"To be"]
 SMALLEST = replace(SMALL, num_v_heads=1, head_k_dim=16, head_v_dim=16)
 OTHER_LAYOUTS = {"state_layout": StateLayout.KV, "conv_layout": ConvLayout.LEN_FIRST}
 # between them, on either GPU: every dtype of activations and of states, ratios 1, 2, 3 and 8,
@@ -114,10 +117,7 @@ def _bound(spec: GdnSpec, arch: str) -> GdnOps:
     return bind_simulated(spec, arch)
 
 
-@pytest.mark.parametrize(
-    ("arch", "spec", "name"),
-    EVERY,
-)
+@pytest.mark.parametrize(("arch", "spec", "name"), EVERY)
 def test_a_simulated_gpu_passes_every_case(
     amd_gpu: Simulator, arch: str, spec: str, name: str
 ) -> None:
@@ -139,3 +139,16 @@ def test_the_order_of_workgroups_and_waves_does_not_matter(
     case.check(_bound(case.spec, arch))
 
     assert amd_gpu.launches
+
+
+@pytest.mark.parametrize("speculation", [None, Speculation(DraftProtocol.REPLAY, 4, 1)], ids=str)
+@pytest.mark.parametrize("arch", SPECS)
+def test_the_demo_writes_the_bytes_of_the_reference(
+    amd_gpu: Simulator, arch: str, speculation: Speculation | None
+) -> None:
+    model = load_model(WEIGHTS, torch.device("cpu"), torch.float32, max_drafts=5)
+
+    def written(ops: GdnOps) -> list[bytes]:
+        return Generator(model, ops, 2, Sampling(), speculation).run(PROMPTS, new_bytes=6).texts
+
+    assert written(_bound(model.spec, arch)) == written(bind(model.spec, "cpu"))
