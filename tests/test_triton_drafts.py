@@ -13,6 +13,7 @@ from torch import Tensor
 from gdn_portable import (
     GdnOps,
     GdnSpec,
+    InputError,
     Op,
     ReplayDrafts,
     SnapshotDrafts,
@@ -286,3 +287,16 @@ def test_the_next_replay_applies_what_a_commit_would(amd_gpu: Simulator, k: int)
     _close(told["pool"].state, committed["pool"].state, torch.float32)
     assert_identical(told["pool"].conv_state[:, :, :3], committed["pool"].conv_state[:, :, :3])
     assert_identical(told["drafts"], committed["drafts"])
+
+
+def test_replay_refuses_a_tree_whose_paths_do_not_fit_before_anything_is_written(
+    amd_gpu: Simulator,
+) -> None:
+    drafts = replay_drafts(SPEC, NUM_SLOTS, 32)
+    call = verify(SPEC, 32, drafts=drafts, parents=torch.zeros(3, 32, dtype=torch.int32))
+    before = copies(call)
+
+    with pytest.raises(InputError, match="max_drafts of a tree is 32, needs at most 31"):
+        simulated(SPEC).verify_step(**call)
+
+    assert_identical(call, before)

@@ -21,7 +21,7 @@ from gdn_backend_triton.launch import (
     refuse_gradients,
 )
 from gdn_backend_triton.maths import gates
-from gdn_backend_triton.replay import make_replay
+from gdn_backend_triton.replay import make_replay, refuse_large_trees
 from gdn_backend_triton.taps import strides
 from gdn_backend_triton.trees import fill_parents
 from gdn_portable.errors import InputError
@@ -248,6 +248,7 @@ def make_mtp_verify(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
         out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         refuse_gradients(v)
+        refuse_large_trees(metadata, drafts)
         fill_parents(metadata, _batch(v, metadata))
         if out is None:
             out = empty_like(v)

@@ -30,8 +30,11 @@ from torch import Tensor
 from gdn_backend_triton.launch import FP_FUSION, STEP_SIZES, STEP_TENSORS, power_of_two
 from gdn_backend_triton.maths import gates, silu
 from gdn_backend_triton.taps import strides
-from gdn_portable.metadata import ReplayDrafts, VerifyMetadata
+from gdn_portable.errors import InputError
+from gdn_portable.metadata import Drafts, ReplayDrafts, VerifyMetadata
 from gdn_portable.spec import Device, GdnSpec
+
+MOST_DRAFTS = 31  # of a tree
 
 
 class Tile(NamedTuple):
@@ -439,6 +442,18 @@ def make_replay(
         return gate is not None
 
     return launch
+
+
+def refuse_large_trees(metadata: VerifyMetadata, drafts: Drafts | None) -> None:
+    """Raise where a path through a tree would not fit into the bits of an int32.
+
+    Raises:
+        InputError: replay is asked for a tree of more than 31 drafts.
+    """
+    if isinstance(drafts, ReplayDrafts) and metadata.is_tree and metadata.max_drafts > MOST_DRAFTS:
+        raise InputError(
+            f"max_drafts of a tree is {metadata.max_drafts}, needs at most {MOST_DRAFTS} for replay"
+        )
 
 
 def can_overlap(device: Device) -> bool:

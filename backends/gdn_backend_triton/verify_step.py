@@ -10,7 +10,7 @@ from gdn_backend_triton.conv1d_verify import make_conv1d_verify
 from gdn_backend_triton.gated_rms_norm import make_gated_rms_norm
 from gdn_backend_triton.launch import empty_like, refuse_gradients
 from gdn_backend_triton.mtp_verify import make_verify
-from gdn_backend_triton.replay import can_overlap
+from gdn_backend_triton.replay import can_overlap, refuse_large_trees
 from gdn_portable.errors import InputError
 from gdn_portable.interface import VerifyStep
 from gdn_portable.metadata import Drafts, GdnParams, VerifyMetadata
@@ -32,6 +32,7 @@ def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> V
         out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         refuse_gradients(mixed_qkv)
+        refuse_large_trees(metadata, drafts)
         if pool.conv_state is None or pool.state is None:
             raise InputError("a pool is None, needs both: a step uses both")
         T, weight = mixed_qkv.shape[0], params.norm_weight
