@@ -27,6 +27,7 @@ from gdn_backend_triton.launch import (
     refuse_gradients,
 )
 from gdn_backend_triton.sequences import locate, num_programs
+from gdn_backend_triton.taps import strides
 from gdn_portable.interface import ChunkPrefill
 from gdn_portable.metadata import PrefillMetadata
 from gdn_portable.spec import Device, GdnSpec
@@ -455,7 +456,7 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
             _bridge[(pieces * HV * (V // BV + K // BK),)](
                 k, v, state, inverse, decay, initial, add, high, low,
                 cu_seqlens, slots, fresh, N, T, segment, warm_up,
-                *state.stride(), cu_s, slots_s, _step(fresh), *k.stride(), *v.stride(),
+                *state.stride(), cu_s, slots_s, *strides(fresh, 1), *k.stride(), *v.stride(),
                 H, HV, K, V, BV, BK, L2NORM, PAD, PRECISION, **launch_scan,
             )  # fmt: skip
         _scan[(pieces * HV * (V // BV),)](
@@ -463,7 +464,8 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
             initial, add, high, low, out, kept, cu_seqlens, slots, fresh, targets, offsets, rows,
             N, T, segment or T + CHUNK.value, warm_up,
             *state.stride(), *kept.stride(),
-            cu_s, slots_s, _step(fresh), _step(targets), _step(offsets), _step(rows),
+            cu_s, slots_s, *strides(fresh, 1), *strides(targets, 1),
+            *strides(offsets, 1), *strides(rows, 1),
             *q.stride(), *k.stride(), *v.stride(), *out.stride(),
             H, HV, K, V, BV, bool(segment), kept_pad, L2NORM, PAD, PRECISION,
             **launch_scan,
@@ -471,7 +473,3 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
         return out
 
     return chunk_prefill
-
-
-def _step(index: Tensor | None) -> int:
-    return 0 if index is None else index.stride(0)
