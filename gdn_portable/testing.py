@@ -255,7 +255,8 @@ class _Inputs:
         params = GdnParams(
             conv_weight=self.normal(D, spec.conv_width).to(spec.dtype) * 0.5,
             A_log=self.normal(HV) * 0.5,
-            dt_bias=self.normal(HV) - 2,
+            # as checkpoints hold it, or widened
+            dt_bias=(self.normal(HV) - 2).to(torch.float32 if gate else spec.dtype),
             conv_bias=self.normal(D).to(spec.dtype) * 0.1,
             norm_weight=self.normal(V).to(spec.dtype),
         )
