@@ -272,17 +272,33 @@ def test_what_an_aiter_kernel_cannot_do_is_a_reason(
     assert reason in _reasons(spec=spec)[kernel]
 
 
-@pytest.mark.parametrize("write", [write_namesake, lambda folder: write_release(folder, "0.1.20")])
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (lambda folder: None, "AMD's aiter (amd-aiter) is not installed"),
+        (write_namesake, "module 'aiter' is another project's, needs AMD's (amd-aiter)"),
+        (
+            lambda folder: write_release(folder, "0.1.16"),
+            "flydsl_gdr_decode of aiter 0.1.16 takes no read_indices, write_indices, needs v0.1.20 "
+            "or newer",
+        ),
+        (lambda folder: write_release(folder, "0.1.20"), None),
+    ],
+    ids=["none", "another project's", "old", "new"],
+)
 def test_doctor_explains_aiter(
-    install: Install, command: Command, write: Callable[[Path], None]
+    install: Install, command: Command, write: Callable[[Path], None], said: str | None
 ) -> None:
     install(write)
-    expected = explain(replace(LAYER, num_k_heads=16, state_dtype=torch.float32), MI300X)
 
     document = command.document("doctor", "--arch", "gfx942")
 
-    shown = {c["kernel"]: tuple(c["reasons"]) for c in document["backends"]["rocm"]}
-    assert shown == {choice.kernel: choice.reasons for choice in expected}
+    decodes = [c for c in document["backends"]["rocm"] if c["op"] == "recurrent_decode"]
+    reasons = {choice["kernel"]: choice["reasons"] for choice in decodes}
+    assert [choice["kernel"] for choice in decodes if choice["chosen"]] == [
+        "triton.recurrent_decode"
+    ]
+    assert reasons["aiter.flydsl_gdr_decode"] == ([] if said is None else [said])
     assert document["default_backend"] == "rocm"
 
 
