@@ -35,6 +35,8 @@ CONV_UPDATE = (
 PACKED = "mixed_qkv, a, b, dt_bias, A_log, indices, state, out, *, scale=None"
 BUILD = "seq_lens_cpu, *, cu_seqlens, chunk_size=64, num_decodes=0, num_decode_tokens=0"
 
+CALLS: set[str] = set()  # the functions that ran
+
 Signatures = Mapping[str, Mapping[str, str]]
 
 # by release and file, the parameters of every function that an adapter calls
@@ -79,6 +81,7 @@ def write_release(folder: Path, release: str, *, imports: str = "") -> None:
             f"def {name}({parameters}):\n"
             "    arguments = dict(locals())\n"
             "    from tests import fake_aiter\n"
+            f"    fake_aiter.CALLS.add({name!r})\n"
             f"    return fake_aiter.{name}(**arguments)\n"
             for name, parameters in functions.items()
         )

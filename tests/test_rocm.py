@@ -20,9 +20,9 @@ from gdn_portable import (
     Device,
     GdnOps,
     GdnSpec,
-    InputError,
     Op,
     StateLayout,
+    UnsupportedCallError,
     UnsupportedError,
     bind,
     explain,
@@ -30,6 +30,8 @@ from gdn_portable import (
     select,
 )
 from gdn_portable.testing import cases
+from gdn_portable.warmup import warmup
+from tests import fake_aiter
 from tests.calls import Call, call_of, replaced
 from tests.cases import assert_identical, copies, slots
 from tests.command import Command
@@ -82,6 +84,7 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install
         monkeypatch.syspath_prepend(tmp_path)
 
     _forget_aiter()
+    fake_aiter.CALLS.clear()
     yield put
     _forget_aiter()
 
@@ -192,6 +195,33 @@ def test_a_new_aiter_is_able_and_serves_only_where_it_is_named() -> None:
     ops = bind(LAYER, MI355X, kernels=named, check=False)
 
     assert {op: ops.kernels[op] for op in named} == named
+
+
+@pytest.mark.parametrize("op", [Op.RECURRENT_DECODE, Op.CHUNK_PREFILL], ids=lambda op: op.value)
+@pytest.mark.usefixtures("aiter")
+def test_tiles_by_the_batch_are_not_deterministic(op: Op) -> None:
+    named = next(kernel.name for kernel in AITER_KERNELS if kernel.op is op)
+
+    with pytest.raises(UnsupportedError, match="takes its tiles by the batch"):
+        bind(LAYER, MI300X, kernels={op: named}, deterministic=True)
+
+
+@pytest.mark.usefixtures("aiter")
+def test_warmup_runs_what_aiter_can_do_and_passes_over_the_rest() -> None:
+    named = {"recurrent_decode": "aiter.flydsl_gdr_decode"}
+    calls = {"conv1d_update": "aiter.causal_conv1d_update", "decode_step": "composed.decode_step"}
+    others = {op.value: f"reference.{op.value}" for op in Op if not op.value.endswith("step")}
+    ops = bind(SMALL, MI300X, kernels={**others, **named, **calls}, check=False)
+    launchers = {op: getattr(ops, op.value) for op in Op}
+    launchers |= {Op.PREFILL_STEP: _nothing, Op.VERIFY_STEP: _nothing}
+
+    warmup(SMALL, Device("cpu"), launchers, batch_sizes=(2,), prefill_tokens=())
+
+    assert {"flydsl_gdr_decode", "causal_conv1d_update"} == fake_aiter.CALLS
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    return None
 
 
 @pytest.mark.usefixtures("aiter")
@@ -385,7 +415,7 @@ def test_flydsl_decode_computes_where_it_may_not_write() -> None:
     ("changes", "reason"),
     [
         ({"dt_bias": torch.zeros(2)}, "dt_bias has dtype torch.float32, needs torch.bfloat16"),
-        ({"out_state_indices": slots(1, 2, 3)}, "needs a spec with a scratch_slot"),
+        ({"out_state_indices": slots(1, 2, 3)}, "needs a scratch_slot"),
         ({"state": torch.zeros(8, 2, 128, 128).mT}, "needs K contiguous"),
     ],
     ids=["dt_bias", "other slots", "strides"],
@@ -396,7 +426,7 @@ def test_flydsl_decode_refuses_what_it_would_get_wrong(
 ) -> None:
     ops = _bound(SMALL, MI300X, recurrent_decode="aiter.flydsl_gdr_decode")
 
-    with pytest.raises(InputError, match=reason):
+    with pytest.raises(UnsupportedCallError, match=reason):
         ops.recurrent_decode(**_call("recurrent_decode", SMALL, **changes))
 
 
@@ -458,7 +488,7 @@ def test_conv_update_obeys_the_padding_law(layout: ConvLayout, aliased: bool) ->
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"out_state_indices": slots(1, 2, 3)}, "needs None: the kernel works in place"),
+        ({"out_state_indices": slots(1, 2, 3)}, "is given: the kernel works in place"),
         ({"bias": torch.zeros(512, dtype=torch.float64)}, "bias has dtype torch.float64, needs"),
         (
             {"conv_state": torch.empty_strided((8, 512, 3), (2**29, 3, 1), device="meta")},
@@ -471,7 +501,7 @@ def test_conv_update_obeys_the_padding_law(layout: ConvLayout, aliased: bool) ->
 def test_conv_update_refuses_what_it_would_get_wrong(changes: dict[str, Any], reason: str) -> None:
     ops = _bound(SMALL, MI300X, conv1d_update="aiter.causal_conv1d_update")
 
-    with pytest.raises(InputError, match=reason):
+    with pytest.raises(UnsupportedCallError, match=reason):
         ops.conv1d_update(**_call("conv1d_update", SMALL, **changes))
 
 
@@ -510,5 +540,5 @@ def test_chunk_prefill_uses_the_plan_of_the_step(amd_gpu: Simulator) -> None:
 def test_chunk_prefill_refuses_checkpoints() -> None:
     ops = _bound(SMALL, MI300X, **{op.value: kernel for op, kernel in PREFILL.items()})
 
-    with pytest.raises(InputError, match="checkpoint_offsets is given, needs None"):
+    with pytest.raises(UnsupportedCallError, match="checkpoint_offsets is given: "):
         ops.chunk_prefill(**call_of("chunk_prefill", SMALL))

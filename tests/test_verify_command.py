@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from gdn_portable import Op, bind
+from gdn_portable import Op, UnsupportedCallError, bind
 from gdn_portable.testing import cases
 from tests.command import Command
 from tests.fakes import backend_of, install, kernel_of, reference_kernel
@@ -39,7 +39,8 @@ def test_every_case_of_a_layer_passes_on_the_cpu(command: Command) -> None:
     layer = verify.LAYERS["fp32"]
     assert [outcome["case"] for outcome in document["outcomes"]] == [c.name for c in cases(layer)]
     assert document["cases"] == len(document["outcomes"])
-    assert document["failures"] == 0 and document["interrupted"] is None
+    assert document["passed"] == document["cases"] and document["interrupted"] is None
+    assert document["refused"] == document["failed"] == 0
     assert 0 < document["worst_error"] <= 1
     assert document["device"]["kind"] == "cpu" and document["device"]["name"]
     assert document["versions"]["torch"] == torch.__version__
@@ -96,7 +97,7 @@ def test_a_kernel_that_is_wrong_fails_with_what_is_off(
     failed = {o["case"]: o["failure"] for o in document["outcomes"] if o["failure"]}
     assert set(failed) == {"rule of decode", "rule of decode to other slots with a gate"}
     assert "output is off by" in failed["rule of decode"]
-    assert document["failures"] == 2
+    assert (document["passed"], document["failed"]) == (1, 2)
     assert document["outcomes"][-1]["case"] == LAST and document["outcomes"][-1]["error"] < 1
 
 
@@ -111,11 +112,28 @@ def test_a_kernel_that_raises_is_a_failure_and_the_rest_is_run(
     )
 
     assert outcome.code == 1
-    assert "fp32, cases: 3: ZeroDivisionError: the compiler gave up" in outcome.stdout
-    assert "0 of 3 cases passed" in outcome.stdout
+    assert "3 failed in fp32: ZeroDivisionError: the compiler gave up" in outcome.stdout
+    assert "0 of 3 cases passed, 0 refused, 3 failed" in outcome.stdout
 
 
-def test_a_layer_that_no_kernel_serves_is_a_failure_with_the_reason(
+def test_a_call_that_a_kernel_cannot_do_is_refused_and_no_failure(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_place(*args: Any, out_state_indices: Any = None, **kwargs: Any) -> torch.Tensor:
+        if out_state_indices is not None:
+            raise UnsupportedCallError("the kernel works in place")
+        return _right(*args, **kwargs)
+
+    name = _backend(monkeypatch, in_place)
+
+    outcome = command("verify", "--device", "cpu", "--backend", name, *DECODES)
+
+    assert outcome.code == 0
+    assert "1 refused in fp32: the kernel works in place" in outcome.stdout
+    assert "2 of 3 cases passed, 1 refused, 0 failed" in outcome.stdout
+
+
+def test_a_layer_that_no_kernel_serves_is_refused_and_nothing_passes(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picky = replace(reference_kernel(Op.RECURRENT_DECODE), name="picky", dtypes=(torch.half,))
@@ -126,7 +144,8 @@ def test_a_layer_that_no_kernel_serves_is_a_failure_with_the_reason(
     outcome = command("verify", "--device", "cpu", "--backend", name, *DECODES)
 
     assert outcome.code == 1
-    assert "picky: dtype is torch.float32, needs torch.float16" in outcome.stdout
+    reason = "3 refused in fp32: picky: dtype is torch.float32, needs torch.float16"
+    assert reason in outcome.stdout
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gdn_backend_rocm.aiter_decode import padded_to_negative
 from gdn_backend_rocm.aiter_source import Function
-from gdn_portable.errors import InputError
+from gdn_portable.errors import UnsupportedCallError
 from gdn_portable.interface import Conv1dUpdate
 from gdn_portable.spec import Device, GdnSpec
 
@@ -62,11 +62,13 @@ def make_causal_conv1d_update(
     ) -> Tensor:
         refuse_gradients(x)
         if out_state_indices is not None:
-            raise InputError("out_state_indices is given, needs None: the kernel works in place")
+            raise UnsupportedCallError("out_state_indices is given: the kernel works in place")
         if bias is not None and bias.dtype is not weight.dtype:
-            raise InputError(f"bias has dtype {bias.dtype}, needs {weight.dtype} like weight")
+            raise UnsupportedCallError(
+                f"bias has dtype {bias.dtype}, needs {weight.dtype} like weight"
+            )
         if conv_state.shape[0] * conv_state.stride(0) >= MOST_ELEMENTS:
-            raise InputError(
+            raise UnsupportedCallError(
                 f"conv_state spans {conv_state.shape[0]} slots of {conv_state.stride(0)} elements, "
                 f"needs less than {MOST_ELEMENTS} in all"
             )

@@ -12,7 +12,7 @@ from gdn_backend_triton.launch import empty_like, refuse_gradients
 from torch import Tensor
 
 from gdn_backend_rocm.aiter_source import Function
-from gdn_portable.errors import InputError
+from gdn_portable.errors import UnsupportedCallError
 from gdn_portable.interface import RecurrentDecode
 from gdn_portable.spec import Device, GdnSpec
 
@@ -76,7 +76,7 @@ def make_flydsl_gdr_decode(
     A padded ``out_state_indices`` alone would skip the output as well, so it is sent to the
     scratch slot.
     """
-    decode = FLYDSL_GDR_DECODE.load()
+    decode = FLYDSL_GDR_DECODE.load(deterministic=deterministic)
     pad, scratch = spec.pad_slot, spec.scratch_slot
 
     def recurrent_decode(
@@ -96,7 +96,7 @@ def make_flydsl_gdr_decode(
         refuse_gradients(q)
         _check_dtypes(q, k=k, v=v, a=a, b=b, dt_bias=dt_bias)
         if state.stride(-1) != 1 or state.data_ptr() % VECTOR_BYTES:
-            raise InputError(
+            raise UnsupportedCallError(
                 f"state has strides {state.stride()} at address {state.data_ptr()}, needs K "
                 f"contiguous and a multiple of {VECTOR_BYTES}"
             )
@@ -104,7 +104,7 @@ def make_flydsl_gdr_decode(
         source = target = padded_to_negative(state_indices[:B], pad)
         if out_state_indices is not None:
             if scratch is None:
-                raise InputError("out_state_indices is given, needs a spec with a scratch_slot")
+                raise UnsupportedCallError("out_state_indices is given, needs a scratch_slot")
             target = out_state_indices[:B]
             target = torch.where(target <= pad, scratch, target).to(torch.int32)
         if out is None:
@@ -149,7 +149,7 @@ def make_gdr_decode_packed_bf16(
         refuse_gradients(q)
         _check_dtypes(q, k=k, v=v, a=a, b=b, dt_bias=dt_bias)
         if out_state_indices is not None:
-            raise InputError("out_state_indices is given, needs None: the kernel works in place")
+            raise UnsupportedCallError("out_state_indices is given: the kernel works in place")
         B = v.shape[0]
         if out is None:
             out = empty_like(v)
@@ -180,4 +180,4 @@ def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _check_dtypes(q: Tensor, **others: Tensor) -> None:
     for name, x in others.items():
         if x.dtype is not q.dtype:
-            raise InputError(f"{name} has dtype {x.dtype}, needs {q.dtype} like q for aiter")
+            raise UnsupportedCallError(f"{name} has dtype {x.dtype}, needs {q.dtype} like q")

@@ -13,7 +13,7 @@ from gdn_backend_triton.launch import empty_like, lazily, refuse_gradients
 from torch import Tensor
 
 from gdn_backend_rocm.aiter_source import Function
-from gdn_portable.errors import InputError
+from gdn_portable.errors import UnsupportedCallError
 from gdn_portable.interface import ChunkPrefill, PlanPrefill
 from gdn_portable.metadata import PrefillMetadata, SnapshotDrafts, VerifyMetadata
 from gdn_portable.spec import Device, GdnSpec
@@ -62,7 +62,7 @@ def make_plan_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -> 
 
 def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -> ChunkPrefill:
     """Return the op, without checkpoints; a graph cannot capture it."""
-    prefill = CHUNK_GATED_DELTA_RULE_OPT_VK.load()
+    prefill = CHUNK_GATED_DELTA_RULE_OPT_VK.load(deterministic=deterministic)
     plan_prefill = make_plan_prefill(spec, device, deterministic=deterministic)
     commit = COMMIT(spec, device, deterministic=deterministic)
 
@@ -80,7 +80,7 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
     ) -> Tensor:
         refuse_gradients(q)
         if metadata.checkpoint_offsets is not None:
-            raise InputError("checkpoint_offsets is given, needs None: the kernel keeps no states")
+            raise UnsupportedCallError("checkpoint_offsets is given: the kernel keeps no states")
         if metadata.plan is None:
             plan_prefill(metadata)
         if out is None:

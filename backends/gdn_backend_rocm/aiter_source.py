@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gdn_portable.errors import UnsupportedError
+
 DISTRIBUTION = "amd-aiter"  # on PyPI "aiter" is another project
 
 
@@ -59,8 +61,18 @@ class Function:
                 return f"{library}, which {self.name} of aiter needs, is not installed"
         return None
 
-    def load(self) -> Callable[..., Any]:
-        """Import aiter, and return the function."""
+    def load(self, *, deterministic: bool = False) -> Callable[..., Any]:
+        """Import aiter, and return the function.
+
+        Args:
+            deterministic: refuse, for a function whose tiles depend on the batch.
+
+        Raises:
+            UnsupportedError: ``deterministic`` was asked for.
+        """
+        if deterministic:
+            reason = "it takes its tiles by the batch, not deterministic"
+            raise UnsupportedError(f"aiter's {self.name}: {reason}", {self.name: [reason]})
         module = importlib.import_module(f"aiter.{self.module}")
         function: Callable[..., Any] = getattr(module, self.name)
         return function

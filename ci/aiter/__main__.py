@@ -16,7 +16,7 @@ from gdn_backend_triton import installed_triton, is_before
 
 from ci.aiter.checkout import open_checkout
 from ci.amdgcn import simulated
-from gdn_portable import ConvLayout, Device, GdnSpec, InputError, Op, StateLayout, bind
+from gdn_portable import ConvLayout, Device, GdnSpec, Op, StateLayout, UnsupportedCallError, bind
 from gdn_portable.testing import Case, cases
 
 MODEL = GdnSpec(
@@ -130,7 +130,7 @@ def _passes(case: Case, adapter: Adapter, arch: str) -> bool:
     passed, result = True, ""
     try:
         result = f"passes with {case.check(ops):.2f} of what is allowed"
-    except InputError as error:
+    except UnsupportedCallError as error:
         result = f"refused: {error}"
     except AssertionError as error:
         passed, result = False, f"FAILS: {error}"

@@ -46,7 +46,7 @@ class Card:
 
     name: str
     memory: int  # bytes
-    l2: int  # bytes, or those of a larger cache behind it
+    l2: int  # bytes of the last cache
     rates: Rates
 
 
@@ -65,13 +65,19 @@ class Readings:
 def read_card(device: torch.device, clock: Clock) -> Card:
     """Measure the rates of the card."""
     properties = torch.cuda.get_device_properties(device)
-    arch = detect_device(device).arch
     return Card(
         name=properties.name,
         memory=properties.total_memory,
-        l2=INFINITY_CACHE.get(arch) or getattr(properties, "L2_cache_size", 0) or UNKNOWN_L2,
+        l2=l2_of(device),
         rates=measure_rates(device, clock),
     )
+
+
+def l2_of(device: torch.device) -> int:
+    """Return the bytes of the card's last cache."""
+    known = INFINITY_CACHE.get(detect_device(device).arch)
+    reported = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+    return known or reported or UNKNOWN_L2
 
 
 def measure_rates(

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gdn_portable.cli.options import default_device
-from gdn_portable.errors import GdnError, InputError, UnsupportedError
+from gdn_portable.errors import GdnError, InputError, UnsupportedCallError, UnsupportedError
 from gdn_portable.interface import GdnOps
 from gdn_portable.select import bind, detect_device, explain
 from gdn_portable.spec import ConvLayout, Device, GdnSpec, Op, StateLayout
@@ -84,7 +84,8 @@ class Outcome:
         case: its name.
         op: that was called.
         kernel: behind the op; "-" where none could be bound.
-        error: the largest, relative to what is allowed; None where the case failed.
+        error: the largest, relative to what is allowed; None where the case did not pass.
+        refusal: why the kernel did not take it.
         failure: why it failed.
         seconds: that it took, the reference's on the CPU included.
     """
@@ -94,6 +95,7 @@ class Outcome:
     op: Op
     kernel: str
     error: float | None
+    refusal: str | None
     failure: str | None
     seconds: float
 
@@ -115,9 +117,19 @@ class Report:
     interrupted: str | None = None
 
     @property
-    def failures(self) -> list[Outcome]:
-        """What did not pass."""
-        return [outcome for outcome in self.outcomes if outcome.failure is not None]
+    def passed(self) -> int:
+        """How many cases passed."""
+        return sum(outcome.error is not None for outcome in self.outcomes)
+
+    @property
+    def refused(self) -> int:
+        """How many cases no kernel took."""
+        return sum(outcome.refusal is not None for outcome in self.outcomes)
+
+    @property
+    def failed(self) -> int:
+        """How many cases failed."""
+        return sum(outcome.failure is not None for outcome in self.outcomes)
 
 
 def verify(
@@ -151,7 +163,7 @@ def verify(
         Console(width=None if sys.stdout.isatty() else WIDTH).print(_rendered(report))
     if report.interrupted == STOPPED:
         raise typer.Exit(INTERRUPTED)
-    if report.interrupted or report.failures:
+    if report.interrupted or report.failed or not report.passed:
         raise typer.Exit(1)
 
 
@@ -217,27 +229,32 @@ def run(
 
     Raises:
         DeviceLostError: nothing more can be run.
-        UnknownBackendError: a backend or kernel that was named does not exist.
     """
-    bound: dict[GdnSpec, GdnOps | str] = {}
+    bound: dict[GdnSpec, GdnOps] = {}
     for layer, case in chosen:
         say(f"{layer}: {case.name}")
         started = time.perf_counter()
-        if case.spec not in bound:
-            bound[case.spec] = _bind(case.spec, target, backend)
-        ops = bound[case.spec]
-        kernel, error = "-", None
-        if isinstance(ops, str):
-            failure: str | None = ops
-        else:
+        kernel, error, refusal, failure = "-", None, None, None
+        try:
+            if case.spec not in bound:
+                bound[case.spec] = bind(case.spec, target, backend=backend, check=False)
+            ops = bound[case.spec]
             kernel = ops.kernels[case.op]
-            error, failure = _checked(case, ops)
+            error = case.check(ops)
+        except AssertionError as wrong:
+            failure = str(wrong)
+        except (UnsupportedError, UnsupportedCallError) as unable:
+            refusal = _refusal(unable)
+        # whatever a kernel or its compiler raises is what the report is for
+        except Exception as broken:
+            failure = f"{type(broken).__name__}: {broken}"
         yield Outcome(
             layer=layer,
             case=case.name,
             op=case.op,
             kernel=kernel,
             error=error,
+            refusal=refusal,
             failure=failure,
             seconds=time.perf_counter() - started,
         )
@@ -245,24 +262,10 @@ def run(
             _look_after(target)
 
 
-def _bind(spec: GdnSpec, target: torch.device, backend: str | None) -> GdnOps | str:
-    """Return the ops, or why there are none."""
-    try:
-        return bind(spec, target, backend=backend, check=False)
-    except UnsupportedError as error:
-        refused = (f"{name}: {'; '.join(reasons)}" for name, reasons in error.rejected.items())
-        return f"no kernel can serve it: {', '.join(refused)}"
-
-
-def _checked(case: Case, ops: GdnOps) -> tuple[float | None, str | None]:
-    """Return a case's largest error, or why it failed."""
-    try:
-        return case.check(ops), None
-    except AssertionError as error:
-        return None, str(error)
-    # whatever a kernel or its compiler raises is what the report is for
-    except Exception as error:
-        return None, f"{type(error).__name__}: {error}"
+def _refusal(error: UnsupportedError | UnsupportedCallError) -> str:
+    if not isinstance(error, UnsupportedError):
+        return str(error)
+    return ", ".join(f"{name}: {'; '.join(reasons)}" for name, reasons in error.rejected.items())
 
 
 def _look_after(target: torch.device) -> None:
@@ -286,7 +289,9 @@ def _document(report: Report) -> dict[str, object]:
         "versions": versions(),
         "interrupted": report.interrupted,
         "cases": len(report.outcomes),
-        "failures": len(report.failures),
+        "passed": report.passed,
+        "refused": report.refused,
+        "failed": report.failed,
         "worst_error": max((o.error for o in report.outcomes if o.error is not None), default=None),
         "layers": {name: str(LAYERS[name]) for name in _names(report)},
         "outcomes": [asdict(outcome) for outcome in report.outcomes],
@@ -304,25 +309,35 @@ def _rendered(report: Report) -> Group:
     for name, version in versions().items():
         if version is not None:
             facts.add_row(name, version)
-    table = Table("op", "kernel", "layers", "cases", "failed", "worst error", box=None)
+    table = Table("op", "kernel", "layers", "passed", "refused", "failed", "worst", box=None)
     groups: dict[tuple[Op, str], list[Outcome]] = {}
     for outcome in report.outcomes:
         groups.setdefault((outcome.op, outcome.kernel), []).append(outcome)
     for (op, kernel), outcomes in sorted(groups.items()):
         errors = [outcome.error for outcome in outcomes if outcome.error is not None]
-        wrong, worst = len(outcomes) - len(errors), f"{max(errors):.2f}" if errors else "-"
-        numbers = (len({outcome.layer for outcome in outcomes}), len(outcomes), wrong)
-        row = (op.value, kernel, *map(str, numbers), worst)
-        table.add_row(*row, style="red" if wrong else None)
-    texts: dict[str, list[str]] = {}
-    for outcome in report.failures:
-        texts.setdefault(outcome.failure or "", []).append(outcome.layer)
-    failures = [
-        Text(f"{', '.join(dict.fromkeys(layers))}, cases: {len(layers)}: {text}", style="red")
-        for text, layers in texts.items()
-    ]
-    run, failed = len(report.outcomes), len(report.failures)
-    verdict = f"{run - failed} of {run} cases passed; errors are relative to what is allowed."
+        refused = sum(outcome.refusal is not None for outcome in outcomes)
+        failed = len(outcomes) - len(errors) - refused
+        layers = len({outcome.layer for outcome in outcomes})
+        worst = f"{max(errors):.2f}" if errors else "-"
+        counts = map(str, (layers, len(errors), refused, failed))
+        table.add_row(op.value, kernel, *counts, worst, style="red" if failed else None)
+    verdict = (
+        f"{report.passed} of {len(report.outcomes)} cases passed, {report.refused} refused, "
+        f"{report.failed} failed; errors are relative to what is allowed."
+    )
     if report.interrupted:
         verdict += f" Not all were run: {report.interrupted}."
-    return Group(facts, "", table, "", *failures, verdict)
+    return Group(facts, "", table, "", *_texts(report), verdict)
+
+
+def _texts(report: Report) -> list[Text]:
+    """Return why cases did not pass, each reason once."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for outcome in report.outcomes:
+        for what, why in (("refused", outcome.refusal), ("failed", outcome.failure)):
+            if why is not None:
+                found.setdefault((what, why), []).append(outcome.layer)
+    return [
+        Text(f"{len(layers)} {what} in {', '.join(dict.fromkeys(layers))}: {why}")
+        for (what, why), layers in found.items()
+    ]
