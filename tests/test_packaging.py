@@ -117,7 +117,7 @@ def test_the_tables_of_all_backends_load_no_vendor_library() -> None:
 
 def test_the_wheel_holds_every_backend() -> None:
     project = (ROOT / "pyproject.toml").read_text()
-    packages = re.search(r"^packages = (\[.*\])$", project, re.MULTILINE)
+    packages = re.search(r"^packages = (\[.*?\])", project, re.MULTILINE | re.DOTALL)
 
     assert packages is not None
     expected = ["gdn_portable", *(f"backends/{name}" for name in BACKEND_PACKAGES)]
