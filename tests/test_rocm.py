@@ -442,22 +442,23 @@ def test_flydsl_decode_writes_any_out(dtype: torch.dtype, width: int) -> None:
     _assert_like_the_reference("recurrent_decode", ops, call)
 
 
-@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize("source", ["one tensor", "one tensor in another order", "three"])
 @pytest.mark.usefixtures("aiter")
-def test_packed_decode_takes_parts_of_one_tensor_and_of_several(is_packed: bool) -> None:
+def test_packed_decode_takes_parts_of_one_tensor_and_of_several(source: str) -> None:
     ops = _bound(LAYER, MI355X, recurrent_decode="aiter.gdr_decode_packed_bf16")
     call = _call("recurrent_decode", LAYER)
     whole = torch.cat([call[name].flatten(1) for name in "qkv"], dim=1)
-    parts = whole.split(LAYER.conv_groups, dim=1)
-    heads = (LAYER.num_k_heads, LAYER.num_k_heads, LAYER.num_v_heads)
-    views = [x.unflatten(1, (n, 128)) for x, n in zip(parts, heads, strict=True)]
-    if not is_packed:
+    q, k, v = whole.split(LAYER.conv_groups, dim=1)
+    if source == "one tensor in another order":
+        k, q, v = torch.cat((k, q, v), dim=1).split(LAYER.conv_groups, dim=1)
+    views = [q.unflatten(1, (8, 128)), k.unflatten(1, (8, 128)), v.unflatten(1, (32, 128))]
+    if source == "three":
         views = [x.contiguous() for x in views]
 
     seen = aiter_decode.packed(*views)
 
     assert torch.equal(seen, whole)
-    assert (seen.data_ptr() == whole.data_ptr()) is is_packed
+    assert (seen.data_ptr() == whole.data_ptr()) is (source == "one tensor")
     call |= dict(zip("qkv", views, strict=True))
     _assert_like_the_reference("recurrent_decode", ops, call)
 
