@@ -9,6 +9,7 @@ from gdn_portable.errors import (
     ModelFileError,
     SpecError,
     UnknownBackendError,
+    UnsupportedCallError,
     UnsupportedError,
 )
 from gdn_portable.interface import GdnOps
@@ -47,6 +48,7 @@ __all__ = [
     "StateLayout",
     "StatePool",
     "UnknownBackendError",
+    "UnsupportedCallError",
     "UnsupportedError",
     "VerifyMetadata",
     "bind",

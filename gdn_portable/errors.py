@@ -18,6 +18,10 @@ class InputError(GdnError, ValueError):
     """An argument of an op has the wrong shape, dtype, stride, device or value."""
 
 
+class UnsupportedCallError(InputError):
+    """A call is in order, and the kernel that is bound for its op cannot do it."""
+
+
 class UnknownBackendError(GdnError, LookupError):
     """No backend or kernel has the requested name."""
 

@@ -44,7 +44,11 @@ class Op(str, Enum):
 
 
 class StateLayout(str, Enum):
-    """Order of the two inner axes of a recurrent state; the last one is contiguous."""
+    """Order of the two inner axes of a recurrent state in memory; the last one is contiguous.
+
+    An engine that looks at VK memory through a transposed view, as ATOM does, declares VK and
+    passes ``view.mT``: no bit of the results changes, and nothing is copied.
+    """
 
     VK = "VK"  # [slots, HV, V, K]
     KV = "KV"  # [slots, HV, K, V]

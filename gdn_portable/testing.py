@@ -81,6 +81,8 @@ class Case:
             if name in before:
                 kept = _rows_equal(oracle[name], start[name])
                 moved = ~_rows_equal(value, before[name])
+                if name in ("state", "pool.state") and self.spec.scratch_slot is not None:
+                    moved[self.spec.scratch_slot] = False  # anyone may write it
                 assert not (kept & moved).any(), (
                     f"{self.name}: {name}[{(kept & moved).nonzero()[0].tolist()}] was written"
                 )
@@ -157,6 +159,7 @@ class _Inputs:
     def __init__(self, spec: GdnSpec, generator: torch.Generator) -> None:
         self.spec = spec
         self.generator = generator
+        self.num_slots = max(SLOTS, (spec.scratch_slot or 0) + 1)
 
     def prefills(self) -> Iterator[tuple[str, Arguments]]:
         lengths = [0, 1, 2, 3, 0, 63, 64, 65, 7, 130, 0]
@@ -245,7 +248,7 @@ class _Inputs:
         D, HV, V = spec.conv_dim, spec.num_v_heads, spec.head_v_dim
         packed = self.normal(tokens, D + HV * V + 2 * HV).to(spec.dtype)
         mixed, z, b, a = packed.split([D, HV * V, HV, HV], dim=-1)
-        pool = StatePool.allocate(spec, SLOTS, "cpu", paged=True)
+        pool = StatePool.allocate(spec, self.num_slots, "cpu", paged=True)
         assert pool.conv_state is not None and pool.state is not None
         for tensor in (pool.conv_state, pool.state):
             live = sorted({slot for slot in slots if slot >= 0})
@@ -255,7 +258,8 @@ class _Inputs:
         params = GdnParams(
             conv_weight=self.normal(D, spec.conv_width).to(spec.dtype) * 0.5,
             A_log=self.normal(HV) * 0.5,
-            dt_bias=self.normal(HV) - 2,
+            # as checkpoints hold it, or widened
+            dt_bias=(self.normal(HV) - 2).to(torch.float32 if gate else spec.dtype),
             conv_bias=self.normal(D).to(spec.dtype) * 0.1,
             norm_weight=self.normal(V).to(spec.dtype),
         )
@@ -265,7 +269,7 @@ class _Inputs:
 
     def drafts(self, protocol: str) -> Drafts:
         if protocol == "replay":
-            return self.filled(ReplayDrafts.allocate(self.spec, SLOTS, MAX_DRAFTS, "cpu"))
+            return self.filled(ReplayDrafts.allocate(self.spec, self.num_slots, MAX_DRAFTS, "cpu"))
         drafts = SnapshotDrafts.allocate(self.spec, 6, MAX_DRAFTS + 1, "cpu")
         for tensor in (drafts.conv_state, drafts.state):
             assert tensor is not None

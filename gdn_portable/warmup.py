@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdn_portable.errors import UnsupportedCallError
 from gdn_portable.metadata import (
     Drafts,
     GdnParams,
@@ -108,10 +110,11 @@ class _Calls:
             self._run(verify, tokens, pool, metadata=batch, drafts=drafts)
             if drafts is None:
                 continue
-            commit, last = self.launchers[Op.MTP_COMMIT], torch.zeros_like(slots)
-            commit(pool, drafts, metadata=batch, last_accepted=last)
+            last = torch.zeros_like(slots)
+            self._call(Op.MTP_COMMIT, pool, drafts, metadata=batch, last_accepted=last)
             others = slots + len(slots)
-            commit(pool, drafts, metadata=batch, last_accepted=last, out_state_indices=others)
+            kept = {"last_accepted": last, "out_state_indices": others}
+            self._call(Op.MTP_COMMIT, pool, drafts, metadata=batch, **kept)
 
     def _shapes(self, metadata: VerifyMetadata, drafts: Drafts | None) -> Iterator[VerifyMetadata]:
         """Yield a batch as it may come: of chains or trees, all as long or not, in rows or not."""
@@ -147,15 +150,26 @@ class _Calls:
             norm_weight=torch.ones(V, dtype=dtype),
         )
         biased = replace(plain, conv_bias=torch.zeros(D, dtype=dtype))
+        held = replace(plain, dt_bias=plain.dt_bias.to(dtype))  # as checkpoints have it
+        rates = (plain,) if dtype is torch.float32 else (plain, held)
         for params in (plain, biased):
             window = (params.conv_weight, params.conv_bias, pool.conv_state)
-            self.launchers[conv](mixed, *window, **batch)
-        g, beta = self.launchers[Op.GATING](a, a, plain.A_log, plain.dt_bias)
-        gates = (g, beta) if rule is Op.CHUNK_PREFILL else (a, a, plain.A_log, plain.dt_bias)
-        o = self.launchers[rule](*split_qkv(self.spec, mixed), *gates, pool.state, **batch)
-        self.launchers[Op.GATED_RMS_NORM](o, gate, plain.norm_weight, eps=plain.norm_eps)
-        for params, given in product((plain, biased), (None, gate)):
-            self.launchers[step](mixed, a, a, params, pool, gate=given, **batch)
+            self._call(conv, mixed, *window, **batch)
+        q, k, v = split_qkv(self.spec, mixed)
+        for params in rates:
+            gates = (a, a, params.A_log, params.dt_bias)
+            g_beta = self._call(Op.GATING, *gates)
+            gates = g_beta if rule is Op.CHUNK_PREFILL else gates
+            self._call(rule, q, k, v, *gates, pool.state, **batch)
+        o = torch.ones(tokens, HV, V, dtype=dtype)
+        self._call(Op.GATED_RMS_NORM, o, gate, plain.norm_weight, eps=plain.norm_eps)
+        for params, given in product((*rates, biased), (None, gate)):
+            self._call(step, mixed, a, a, params, pool, gate=given, **batch)
+
+    def _call(self, op: Op, *args: Any, **kwargs: Any) -> Any:
+        """Run an op, unless its kernel cannot do such a call: then there is nothing to warm."""
+        with contextlib.suppress(UnsupportedCallError):
+            return self.launchers[op](*args, **kwargs)
 
     def _slot(self, index: int) -> int:
         """Return the ``index``-th slot that is not padding."""

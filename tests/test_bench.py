@@ -8,14 +8,14 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from gdn_portable import DraftProtocol, InputError, Op, UnknownBackendError
-from gdn_portable.bench import host, run
+from gdn_portable.bench import card, host, run
 from gdn_portable.bench.cases import (
     FEW_HEADS,
     FRONT_END,
@@ -290,3 +290,25 @@ def test_a_timing_is_wide_when_its_replays_differ() -> None:
 
 def test_an_op_that_is_not_in_the_interface_has_no_kernel_of_its_own() -> None:
     assert {op for op in OPS if op not in {o.value for o in Op}} == {FRONT_END}
+
+
+@pytest.mark.parametrize(
+    ("hip", "name", "reported", "expected"),
+    [
+        (None, "sm90", 50 * 2**20, 50 * 2**20),
+        (None, "sm90", 0, card.UNKNOWN_L2),
+        ("7.0.0", "gfx942:sramecc+:xnack-", 4 * 2**20, 256 * 2**20),
+        ("7.0.0", "gfx950", 4 * 2**20, 256 * 2**20),
+    ],
+    ids=["NVIDIA", "unknown", "MI300X", "MI355X"],
+)
+def test_a_card_has_its_largest_cache(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, name: str, reported: int, expected: int
+) -> None:
+    facts = {"name": "a card", "total_memory": 2**37, "major": 9, "minor": 0}
+    properties = SimpleNamespace(**facts, gcnArchName=name, L2_cache_size=reported)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(card, "measure_rates", lambda device, clock: RATES)
+
+    assert card.read_card(torch.device("cuda", 0), FakeClock()).l2 == expected

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
+import re
 import statistics
 import subprocess
 import sys
@@ -28,8 +30,16 @@ SHARED_KERNELS = "gdn_backend_triton"
 VENDOR_LIBRARIES = {"triton", "flashinfer", "cutlass", "aiter"}
 OTHER_LIBRARIES = {"transformers", "typer", "rich", "safetensors"}
 MAY_IMPORT_THE_REFERENCE = {"reference", "demo", "cli"}
+BACKEND_PACKAGES = sorted({path.relative_to(ROOT / "backends").parts[0] for path in BACKENDS})
 POSITIONAL_OR_KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
+IMPORT_TABLES = """
+import sys
+from gdn_portable import select
+for name in select.BUILTIN:
+    select.get_backend(name)
+print(*sorted({name.partition(".")[0] for name in sys.modules}))
+"""
 MEASURE_IMPORT = """
 import sys, time
 import torch
@@ -88,6 +98,31 @@ def test_an_import_loads_no_library_but_torch_and_takes_less_than_50_ms() -> Non
     assert loaded & (VENDOR_LIBRARIES | OTHER_LIBRARIES) == set()
     assert not {package for package in loaded if package.startswith("gdn_backend")}
     assert statistics.median(seconds for seconds, _ in measured) < 0.05
+
+
+def test_the_tables_of_all_backends_load_no_vendor_library() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORT_TABLES],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((".", "backends"))},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    loaded = set(result.stdout.split())
+    assert loaded & VENDOR_LIBRARIES == set()
+    assert set(BACKEND_PACKAGES) <= loaded
+
+
+def test_the_wheel_holds_every_backend() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    packages = re.search(r"^packages = (\[.*?\])", project, re.MULTILINE | re.DOTALL)
+
+    assert packages is not None
+    expected = ["gdn_portable", *(f"backends/{name}" for name in BACKEND_PACKAGES)]
+    assert sorted(ast.literal_eval(packages[1])) == sorted(expected)
+    assert all((ROOT / "backends" / name / "py.typed").exists() for name in BACKEND_PACKAGES)
 
 
 @pytest.mark.parametrize("path", CORE, ids=_name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -229,6 +230,7 @@ def test_a_prefill_is_compiled_twice_with_sequences_cut_and_whole(ops: GdnOps) -
     assert _variants() == {**once, "_scan": 2}
 
 
+@pytest.mark.parametrize("dt_bias", [torch.float32, SPEC.dtype], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     "step",
     [
@@ -243,9 +245,14 @@ def test_a_prefill_is_compiled_twice_with_sequences_cut_and_whole(ops: GdnOps) -
     ids=lambda step: step.__name__[1:],
 )
 def test_nothing_is_compiled_after_warmup(
-    monkeypatch: pytest.MonkeyPatch, ops: GdnOps, step: Callable[[GdnOps, int, StatePool], None]
+    monkeypatch: pytest.MonkeyPatch,
+    ops: GdnOps,
+    step: Callable[[GdnOps, int, StatePool], None],
+    dt_bias: torch.dtype,
 ) -> None:
     monkeypatch.setattr("gdn_portable.warmup.INDEX_DTYPES", {"int32": torch.int32})
+    params = replace(PARAMS, dt_bias=PARAMS.dt_bias.to(dt_bias))
+    monkeypatch.setitem(globals(), "PARAMS", params)
     pool = StatePool.allocate(SPEC, SLOTS, "cpu")
     launchers = {op: getattr(ops, op.value) for op in Op}
     warmup(SPEC, ops.device, launchers, prefill_tokens=(300,), max_drafts=P)

@@ -6,6 +6,7 @@ On AMD these are the backend, on NVIDIA what every other kernel has to beat.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 
@@ -24,20 +25,31 @@ DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm
 OLDEST = (3, 6)
 
 
+def installed_triton() -> tuple[str, str] | None:
+    """Return the distribution that Triton is from, and its version."""
+    for name in DISTRIBUTIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return name, importlib.metadata.version(name)
+    return None
+
+
+def is_before(version: str, other: tuple[int, int]) -> bool:
+    """Return whether a version is older than another's first two numbers."""
+    major, minor = version.split(".")[:2]
+    return (int(major), int(minor)) < other
+
+
 def triton_is_missing() -> str | None:
     """Return why Triton cannot be used, without importing it."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    for name in DISTRIBUTIONS:
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        major, minor = version.split(".")[:2]
-        if (int(major), int(minor)) < OLDEST:
-            return f"{name} is {version}, needs {OLDEST[0]}.{OLDEST[1]} or newer"
-        return None
-    return f"module 'triton' is from none of {', '.join(DISTRIBUTIONS)}"
+    found = installed_triton()
+    if found is None:
+        return f"module 'triton' is from none of {', '.join(DISTRIBUTIONS)}"
+    name, version = found
+    if is_before(version, OLDEST):
+        return f"{name} is {version}, needs {OLDEST[0]}.{OLDEST[1]} or newer"
+    return None
 
 
 def shapes_are_unfit(spec: GdnSpec, device: Device) -> str | None:

@@ -9,6 +9,6 @@ from gdn_portable import Device, GdnOps, GdnSpec, bind
 
 
 def bind_simulated(spec: GdnSpec, arch: str, *, deterministic: bool = False) -> GdnOps:
-    """Return the Triton ops for ``arch``, to be called on CPU tensors while it is simulated."""
-    ops = bind(spec, Device("rocm", arch), backend="triton", deterministic=deterministic)
+    """Return the ops for ``arch``, to be called on CPU tensors while it is simulated."""
+    ops = bind(spec, Device("rocm", arch), backend="rocm", deterministic=deterministic)
     return dataclasses.replace(ops, device=Device("cpu", "cpu"))

@@ -11,6 +11,7 @@ import torch
 
 from gdn_portable.bench.floors import Rates
 from gdn_portable.bench.timing import Clock, measure
+from gdn_portable.select import detect_device
 
 COPY_BYTES = 2**30  # of each of the two tensors
 MATMUL = 8192
@@ -21,6 +22,8 @@ DRIFT = 0.05
 FOREIGN_BYTES = 2**31  # memory that others hold before it counts as another process
 OTHER_MEMORY_OVERHEAD = 2**30  # of the driver and of loaded kernels
 UNKNOWN_L2 = 64 * 2**20
+# of AMD's GPUs torch names the L2 of one die; this cache is behind all of them
+INFINITY_CACHE = {"gfx942": 256 * 2**20, "gfx950": 256 * 2**20}
 
 # bits of nvidia-smi's clocks_event_reasons.active that slow a card down
 SLOWDOWNS = {
@@ -43,7 +46,7 @@ class Card:
 
     name: str
     memory: int  # bytes
-    l2: int  # bytes
+    l2: int  # bytes of the last cache
     rates: Rates
 
 
@@ -65,9 +68,16 @@ def read_card(device: torch.device, clock: Clock) -> Card:
     return Card(
         name=properties.name,
         memory=properties.total_memory,
-        l2=getattr(properties, "L2_cache_size", 0) or UNKNOWN_L2,
+        l2=l2_of(device),
         rates=measure_rates(device, clock),
     )
+
+
+def l2_of(device: torch.device) -> int:
+    """Return the bytes of the card's last cache."""
+    known = INFINITY_CACHE.get(detect_device(device).arch)
+    reported = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+    return known or reported or UNKNOWN_L2
 
 
 def measure_rates(

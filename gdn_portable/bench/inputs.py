@@ -197,7 +197,8 @@ def draw_params(
     return GdnParams(
         conv_weight=weight.to(spec.dtype),
         A_log=uniform(spec.num_v_heads, low=low, high=high).log(),
-        dt_bias=torch.ones(spec.num_v_heads, device=device),
+        # of the activations' dtype, as in the checkpoints: some libraries take no other
+        dt_bias=torch.ones(spec.num_v_heads, dtype=spec.dtype, device=device),
         norm_weight=torch.ones(spec.head_v_dim, dtype=spec.dtype, device=device),
     )
 

@@ -3,18 +3,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from gdn_portable import __version__
 from gdn_portable.bench.card import Card, Readings
 from gdn_portable.bench.cases import OPS, Case, Gates
 from gdn_portable.bench.floors import work_of
@@ -22,18 +18,9 @@ from gdn_portable.bench.host import HostRow
 from gdn_portable.bench.inputs import DECAY_RATES
 from gdn_portable.bench.run import CACHES, ROTATION, Row
 from gdn_portable.bench.timing import MIN_CALLS
+from gdn_portable.versions import LIBRARIES, versions
 
-DISTRIBUTIONS = (
-    "triton",
-    "pytorch-triton",
-    "pytorch-triton-rocm",
-    "flashinfer-python",
-    "nvidia-cutlass-dsl",
-    "fla-core",
-    "flash-qla",
-    "tilelang",
-    "sglang",
-)
+PEERS = ("fla-core", "flash-qla", "tilelang", "sglang")
 METHOD = (
     "Every call is captured in a CUDA or HIP graph over inputs, parameters and states that are "
     f"rotated through at least {ROTATION >> 20} MB and {CACHES} times the L2, so that caches are "
@@ -153,7 +140,7 @@ def document_of(report: Report) -> dict[str, object]:
     return {
         "device": {"name": card.name, "memory_bytes": card.memory, "l2_bytes": card.l2},
         "driver": readings.driver,
-        "versions": versions(),
+        "versions": versions((*LIBRARIES, *PEERS)),
         "method": METHOD,
         "rates": {
             "copy_bytes_per_second": card.rates.bandwidth,
@@ -233,22 +220,3 @@ def _case(case: Case) -> dict[str, object]:
 def _gates(gates: Gates) -> str:
     low, high = DECAY_RATES[gates]
     return f"A uniform in [{low:g}, {high:g}], dt_bias 1, a and b N(0, 1)"
-
-
-def versions() -> dict[str, str | None]:
-    """Return the versions of what takes part; None where it is not installed."""
-    found: dict[str, str | None] = {
-        "gdn-portable": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "CUDA runtime": torch.version.cuda,
-        "ROCm runtime": torch.version.hip,
-    }
-    return found | {name: _version(name) for name in DISTRIBUTIONS}
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -6,6 +6,7 @@ import typer
 from gdn_portable.cli.bench import bench
 from gdn_portable.cli.demo import demo
 from gdn_portable.cli.doctor import doctor
+from gdn_portable.cli.verify import verify
 
 app = typer.Typer(
     name="gdn-portable",
@@ -16,4 +17,5 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(doctor)
+app.command()(verify)
 app.command()(bench)

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gdn_portable import __version__
-from gdn_portable.cli.options import Dtype, imagined_device, present_device
+from gdn_portable.cli.options import Dtype, default_device, imagined_device
 from gdn_portable.errors import InputError
 from gdn_portable.select import (
     Choice,
@@ -25,8 +22,7 @@ from gdn_portable.select import (
     explain,
 )
 from gdn_portable.spec import Device, GdnSpec
-
-DISTRIBUTIONS = ("triton", "flashinfer-python", "nvidia-cutlass-dsl", "amd-aiter", "aiter")
+from gdn_portable.versions import versions
 
 
 def doctor(
@@ -46,25 +42,19 @@ def doctor(
     """Show the device, versions, and every kernel of every op with the reason for or against."""
     if device is not None and arch is not None:
         raise InputError("--device and --arch are both given, needs one")
-    facts = imagined_device(arch) if arch is not None else detect_device(_device(device))
+    facts = imagined_device(arch) if arch is not None else detect_device(default_device(device))
     spec = _spec(config, tp_size, dtype)
     names = sorted(backend_names(), key=lambda name: name != default_backend(facts))
     tables = {name: explain(spec, facts, backend=name) for name in names}
-    versions = _versions()
+    found = versions()
     if as_json:
-        print(json.dumps(_document(facts, spec, versions, tables), indent=2))
+        print(json.dumps(_document(facts, spec, found, tables), indent=2))
         return
     console = Console()
-    console.print(_facts_table(facts, spec, versions))
+    console.print(_facts_table(facts, spec, found))
     for name, choices in tables.items():
         title = f"backend {name}" + (" (default here)" if name == default_backend(facts) else "")
         console.print(_kernel_table(title, choices))
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return present_device(name)
 
 
 def _spec(config: Path | None, tp_size: int, dtype: Dtype | None) -> GdnSpec:
@@ -85,34 +75,16 @@ def _spec(config: Path | None, tp_size: int, dtype: Dtype | None) -> GdnSpec:
     return GdnSpec.from_config(fields, tp_size, dtype=chosen)
 
 
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {
-        "gdn-portable": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "CUDA runtime": torch.version.cuda,
-        "ROCm runtime": torch.version.hip,
-    }
-    return found | {name: _version(name) for name in DISTRIBUTIONS}
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _document(
     device: Device,
     spec: GdnSpec,
-    versions: dict[str, str | None],
+    found: dict[str, str | None],
     tables: dict[str, tuple[Choice, ...]],
 ) -> dict[str, object]:
     return {
         "device": {"kind": device.kind, "arch": device.arch, "index": device.index},
         "spec": {name: _plain(getattr(spec, name)) for name in spec.__dataclass_fields__},
-        "versions": versions,
+        "versions": found,
         "default_backend": default_backend(device),
         "backends": {
             name: [
@@ -133,7 +105,7 @@ def _plain(value: object) -> object:
     return str(value) if isinstance(value, torch.dtype) else value
 
 
-def _facts_table(device: Device, spec: GdnSpec, versions: dict[str, str | None]) -> Table:
+def _facts_table(device: Device, spec: GdnSpec, found: dict[str, str | None]) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_row("device", str(device))
     table.add_row(
@@ -142,8 +114,9 @@ def _facts_table(device: Device, spec: GdnSpec, versions: dict[str, str | None])
         f"W={spec.conv_width}, {_short(spec.dtype)} activations, {_short(spec.state_dtype)} state, "
         f"layouts {spec.conv_layout.value} and {spec.state_layout.value}",
     )
-    for name, version in versions.items():
-        table.add_row(name, version or "not installed")
+    for name, version in found.items():
+        if version is not None:
+            table.add_row(name, version)
     return table
 
 

@@ -44,6 +44,13 @@ def present_device(name: str) -> torch.device:
     return device
 
 
+def default_device(name: str | None) -> torch.device:
+    """Return the device that is named, else a GPU if one is here, else the CPU."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return present_device(name)
+
+
 def imagined_device(arch: str) -> Device:
     """Return the device of an architecture that need not be here: sm90, gfx942, cpu."""
     if arch.startswith("sm") and arch[2:].isdigit():
