@@ -23,6 +23,7 @@ from ci.resources import compilers, table  # noqa: E402
 from ci.resources.calls import Call  # noqa: E402
 from ci.resources.driver import Compiled, compiling_for  # noqa: E402
 from ci.resources.measure import GPUS, Needs, faults_of, needs_of, resident_warps  # noqa: E402
+from gdn_portable import Device, GdnSpec, PrefillMetadata, bind  # noqa: E402
 
 NEEDS = Needs(warps=4, registers=128, shared=4096, scratch=0, resident=16, matrix=8)
 KEY = ("bf16/fp32", "decode_step B1", "_decode")
@@ -132,6 +133,27 @@ def test_what_a_compiler_says_is_a_fault_whether_it_goes_on_or_not(tmp_path: Pat
     assert (refused["call"], silent["call"]) == ("refused", "silent")
     assert any("error: invalid instruction" in fault for fault in refused["faults"])
     assert silent["faults"] == ["the compiler says: error: something"]
+
+
+def test_a_scan_of_the_widest_float32_heads_spills_no_register() -> None:
+    spec = GdnSpec(
+        num_k_heads=1,
+        num_v_heads=1,
+        head_k_dim=256,
+        head_v_dim=256,
+        dtype=torch.float32,
+        state_dtype=torch.float32,
+    )
+    ops = bind(spec, Device("rocm", "gfx942"), backend="triton")
+    x, gates = torch.zeros(5, 1, 256), torch.zeros(5, 1)
+    metadata = PrefillMetadata(torch.tensor([0, 5]), torch.tensor([0]))
+    found: list[Compiled] = []
+
+    with compiling_for("gfx942", found.append):
+        ops.chunk_prefill(x, x, x, gates, gates, torch.zeros(1, 1, 256, 256), metadata=metadata)
+
+    kernels = {kernel.name: kernel for kernel in found}
+    assert needs_of(kernels["_scan"], "gfx942").scratch == 0
 
 
 @pytest.mark.parametrize(
