@@ -4,7 +4,8 @@
 A case is a call of one op with hard inputs. It is run three times on copies of them: by the
 reference in float64 (the oracle), by the reference in the spec's dtypes, and by the ops under
 test. The last may err at most twice as much as the second, plus a small absolute term; what the
-oracle leaves alone, they must leave bit for bit. Every buffer starts as NaN where nothing is set.
+oracle leaves alone, they must leave bit for bit, and what it makes zero has to be zero. Every
+buffer starts as NaN where nothing is set.
 
     for case in gdn_portable.testing.cases(spec):
         case.check(ops)
@@ -69,12 +70,12 @@ class Case:
         double = dataclasses.replace(
             self.spec, dtype=torch.float64, state_dtype=torch.float64, conv_dtype=None
         )
-        oracle = self._run(bind(double, "cpu", backend="reference", check=False), torch.float64)
-        twin = self._run(bind(self.spec, "cpu", backend="reference", check=False), None)
+        oracle = self.results(bind(double, "cpu", backend="reference", check=False), torch.float64)
+        twin = self.results(bind(self.spec, "cpu", backend="reference", check=False), None)
         before = _tensors(self.arguments)
         start = _tensors(_copied(self.arguments, None, torch.float64))
         worst = 0.0
-        for name, value in self._run(ops, None).items():
+        for name, value in self.results(ops).items():
             if not value.is_floating_point():
                 assert torch.equal(value, twin[name]), f"{self.name}: {name} differs"
                 continue
@@ -104,6 +105,8 @@ class Case:
         got, twin, exact = (x.nan_to_num() for x in (got, twin, exact))
         if not exact.numel():
             return 0.0
+        # padding, and what is left of nothing
+        assert not got[exact == 0].any(), f"{name} is not zero where the oracle is"
         absolute = ABSOLUTE[value.dtype]
         if self.op in MATRIX_PRODUCTS:
             absolute = max(absolute, ABSOLUTE[self.spec.dtype])
@@ -116,8 +119,13 @@ class Case:
         assert error <= bound, f"{name} is off by {error:.3g}, needs at most {bound:.3g}"
         return float(error / bound) if bound else 0.0
 
-    def _run(self, ops: GdnOps, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        """Call the op on copies; return its outputs and every tensor it may have written."""
+    def results(self, ops: GdnOps, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Call the op on copies; return its outputs and every tensor it may have written.
+
+        Args:
+            ops: what is called.
+            dtype: given to all floats before; None leaves them as they are.
+        """
         arguments = _copied(self.arguments, torch_device(ops.device), dtype)
         out = getattr(ops, self.op.value)(**arguments)
         outputs = {f"output {i}": x for i, x in enumerate(out)} if isinstance(out, tuple) else {}

@@ -104,6 +104,19 @@ def test_a_kernel_that_leaves_padding_rows_unwritten_fails() -> None:
         case.check(_replaced(ops, conv1d_update=forgets))
 
 
+def test_a_kernel_that_leaves_next_to_nothing_in_a_padding_row_fails() -> None:
+    case = _case("rule of decode")
+    ops = bind(case.spec, "cpu", check=False)
+
+    def smears(*args: Any, state_indices: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        out = ops.recurrent_decode(*args, state_indices=state_indices, **kwargs)
+        out[state_indices < 0] = 1e-30
+        return out
+
+    with pytest.raises(AssertionError, match="output is not zero where the oracle is"):
+        case.check(_replaced(ops, recurrent_decode=smears))
+
+
 def test_a_kernel_that_skips_the_state_of_an_empty_sequence_fails() -> None:
     case = _case("rule of prefill to other slots")
     ops = bind(case.spec, "cpu", check=False)

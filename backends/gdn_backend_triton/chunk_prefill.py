@@ -388,7 +388,7 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
     L2NORM, PAD = spec.qk_l2norm, spec.pad_slot
     tile = TILES[device.arch]
     row = K * spec.dtype.itemsize
-    BV = min(tile.BV * 256 // max(row, 256), V)
+    BV = min(max(tile.BV * 256 // max(row, 256), 16), V)
     BK = min(BV, K)
     # wgmma reads past the end of shared memory where a tile is narrower than 64 (Triton 3.6, seen
     # with memcheck on an H200); two warps use mma instead

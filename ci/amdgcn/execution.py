@@ -37,9 +37,18 @@ class Order(Enum):
 
 @dataclass(slots=True)
 class Counts:
-    """What a run executed; ``instructions`` by opcode, once for every wave."""
+    """What a run executed, once for every wave.
+
+    Attributes:
+        instructions: by opcode.
+        blocks: of the program, by the position of their first instruction.
+        mfma_flops: of matrix instructions.
+        lds_loaded: bytes that lanes loaded from shared memory.
+        lds_stored: bytes that lanes stored there.
+    """
 
     instructions: Counter[str] = field(default_factory=Counter)
+    blocks: Counter[int] = field(default_factory=Counter)
     mfma_flops: int = 0
     lds_loaded: int = 0
     lds_stored: int = 0
@@ -198,6 +207,7 @@ class _Batch:
             raise
 
     def _count(self) -> None:
+        self.counts.blocks += self.runs
         for start, waves in self.runs.items():
             block = self.program.blocks[start]
             for instruction in self.program.assembly.instructions[start : block.end]:

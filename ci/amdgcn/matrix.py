@@ -55,7 +55,8 @@ def decode_matrix(instruction: Instruction) -> Execute:
     result: Dtype = f32 if found[1] == "f32" else i32
     target, a, b, c = instruction.operands
     count = rows * rows // LANES
-    if target.count != count or a.count * 4 != depth * rows // LANES * element.stored().itemsize:
+    sources = {a.count * 4, b.count * 4}
+    if target.count != count or sources != {depth * rows // LANES * element.stored().itemsize}:
         raise instruction.unknown("number of registers")
     initial = None if c.kind == "vector" else constant(c, result)
 
