@@ -8,6 +8,7 @@ from gdn_portable.errors import (
     InputError,
     ModelFileError,
     SpecError,
+    TunedFileError,
     UnknownBackendError,
     UnsupportedError,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "SpecError",
     "StateLayout",
     "StatePool",
+    "TunedFileError",
     "UnknownBackendError",
     "UnsupportedError",
     "VerifyMetadata",

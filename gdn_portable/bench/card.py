@@ -65,9 +65,14 @@ def read_card(device: torch.device, clock: Clock) -> Card:
     return Card(
         name=properties.name,
         memory=properties.total_memory,
-        l2=getattr(properties, "L2_cache_size", 0) or UNKNOWN_L2,
+        l2=l2_of(device),
         rates=measure_rates(device, clock),
     )
+
+
+def l2_of(device: torch.device) -> int:
+    """Return the bytes of the card's last cache."""
+    return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or UNKNOWN_L2
 
 
 def measure_rates(

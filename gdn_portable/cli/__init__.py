@@ -6,6 +6,7 @@ import typer
 from gdn_portable.cli.bench import bench
 from gdn_portable.cli.demo import demo
 from gdn_portable.cli.doctor import doctor
+from gdn_portable.cli.tune import tune
 
 app = typer.Typer(
     name="gdn-portable",
@@ -17,3 +18,4 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(doctor)
 app.command()(bench)
+app.command()(tune)
