@@ -8,11 +8,11 @@ so they come first; FlashInfer's serve where they are named.
 from __future__ import annotations
 
 import torch
-
-from gdn_backend_cuda.flashinfer_probe import BF16_DECODE, DECODE, PREFILL, is_unfit
 from gdn_backend_triton import KERNELS as SHARED
 from gdn_backend_triton import shapes_are_unfit, triton_is_missing
 from gdn_backend_triton.launch import lazily
+
+from gdn_backend_cuda.flashinfer_probe import BF16_DECODE, DECODE, PREFILL, is_unfit
 from gdn_portable.backend import Backend, Kernel
 from gdn_portable.spec import Device, GdnSpec, Op, StateLayout
 

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import torch
+from gdn_backend_triton.launch import refuse_gradients
 from torch import Tensor
 
 from gdn_backend_cuda.flashinfer_probe import DECODE, load
 from gdn_backend_cuda.slots import Placed, aligned, kernel_output
-from gdn_backend_triton.launch import refuse_gradients
 from gdn_portable.errors import InputError
 from gdn_portable.interface import RecurrentDecode
 from gdn_portable.spec import Device, GdnSpec

@@ -7,15 +7,15 @@ import importlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+from gdn_backend_triton.launch import refuse_gradients
 from torch import Tensor
 
+from gdn_backend_cuda.checkpoints import gather, keep
 from gdn_backend_cuda.flashinfer_probe import PREFILL, load, parameters
-from gdn_backend_cuda.prefill_slots import Placed, clear, unit
+from gdn_backend_cuda.prefill_slots import EVERY, Placed, clear, unit
 from gdn_backend_cuda.slots import kernel_output, packed
-from gdn_backend_triton.launch import refuse_gradients
 from gdn_portable.interface import ChunkPrefill
 from gdn_portable.metadata import PrefillMetadata
 from gdn_portable.spec import Device, GdnSpec
@@ -45,6 +45,18 @@ def _make(spec: GdnSpec, *, normalises: bool, use_cp: bool) -> ChunkPrefill:
     launch = load(f"{PREFILL}:chunk_gated_delta_rule")
     takes_length = "max_seqlen" in parameters(launch)
 
+    def run(*, q: Tensor, max_seqlen: int, **arguments: object) -> None:
+        if takes_length:
+            arguments["max_seqlen"] = max_seqlen
+        with _scratch_of_its_own():
+            launch(
+                q=q,
+                scale=spec.q_scale,
+                output_final_state=True,
+                use_qk_l2norm_in_kernel=False,
+                **arguments,
+            )
+
     def chunk_prefill(
         q: Tensor,
         k: Tensor,
@@ -67,31 +79,56 @@ def _make(spec: GdnSpec, *, normalises: bool, use_cp: bool) -> ChunkPrefill:
         if not T:
             return result
         prepare = unit if normalises else packed
-        options: dict[str, Any] = {}
-        if takes_length:
-            options["max_seqlen"] = _longest(metadata, T, N)
-        with _scratch_of_its_own(v.device):
-            launch(
-                q=prepare(q),
-                k=prepare(k),
-                v=packed(v),
-                g=placed.alpha,
-                beta=packed(beta),
-                scale=spec.q_scale,
-                initial_state=state,
-                output_final_state=True,
-                cu_seqlens=placed.cu_seqlens,
-                use_qk_l2norm_in_kernel=False,
-                output=o,
-                output_state=state,
-                use_cp=use_cp,
-                state_indices=placed.slots,
-                **options,
+        q, k, v, beta = prepare(q), prepare(k), packed(v), packed(beta)
+        run(
+            q=q,
+            k=k,
+            v=v,
+            g=placed.alpha,
+            beta=beta,
+            initial_state=state,
+            output_state=state,
+            cu_seqlens=placed.cu_seqlens,
+            state_indices=placed.slots,
+            output=o,
+            use_cp=use_cp,
+            max_seqlen=_longest(metadata, T, N),
+            **_checkpoints(placed),
+        )
+        if placed.kept is not None:
+            kept, pads = state, (spec.pad_slot, spec.pad_slot)
+            if checkpoint_state is not None:
+                kept, pads = checkpoint_state, (spec.pad_slot, -1)
+            left = gather(k, v, beta, placed, metadata, pads)
+            run(
+                q=left.k,
+                k=left.k,
+                v=left.v,
+                g=left.alpha,
+                beta=left.beta,
+                initial_state=placed.kept,
+                output_state=placed.kept,
+                cu_seqlens=left.cu_seqlens,
+                state_indices=left.slots,
+                output=torch.empty_like(left.v),
+                use_cp=False,
+                max_seqlen=min(EVERY, len(left.k)),
             )
+            keep(placed.kept, left.slots, kept, metadata, pads)
         clear(o, result, metadata, spec.pad_slot)
         return result
 
     return chunk_prefill
+
+
+def _checkpoints(placed: Placed) -> dict[str, object]:
+    if placed.kept is None:
+        return {}
+    return {
+        "state_checkpoints": placed.kept,
+        "checkpoint_cu_starts": placed.starts,
+        "checkpoint_every_n_tokens": EVERY,
+    }
 
 
 def _longest(metadata: PrefillMetadata, T: int, N: int) -> int:
@@ -102,7 +139,7 @@ def _longest(metadata: PrefillMetadata, T: int, N: int) -> int:
 
 
 @contextmanager
-def _scratch_of_its_own(device: torch.device) -> Iterator[None]:
+def _scratch_of_its_own() -> Iterator[None]:
     """Let FlashInfer allocate its scratch anew, from memory that belongs to the stream.
 
     It keeps one for the device, so that two streams, or a captured graph beside one, would write

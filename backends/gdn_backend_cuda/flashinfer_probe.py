@@ -68,7 +68,7 @@ def _unusable(function: str) -> str | None:
     module, _, name = function.partition(":")
     try:
         found = getattr(importlib.import_module(module), name, None)
-    except Exception as error:  # noqa: BLE001 - whatever a library's import raises
+    except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         return f"{module} cannot be imported: {type(error).__name__}: {first}"
     if found is None:

@@ -8,12 +8,12 @@ layout of snapshots: calls for these go to the Triton kernel.
 from __future__ import annotations
 
 import torch
+from gdn_backend_triton.launch import refuse_gradients
+from gdn_backend_triton.mtp_verify import make_mtp_verify as make_triton_verify
 from torch import Tensor
 
 from gdn_backend_cuda.flashinfer_probe import BF16_DECODE, DECODE, load
 from gdn_backend_cuda.slots import ALIGNMENT, Placed, aligned, kernel_output
-from gdn_backend_triton.launch import refuse_gradients
-from gdn_backend_triton.mtp_verify import make_mtp_verify as make_triton_verify
 from gdn_portable.errors import InputError
 from gdn_portable.interface import MtpVerify
 from gdn_portable.metadata import Drafts, SnapshotDrafts, VerifyMetadata, draft_protocol

@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from gdn_backend_triton.launch import FP_FUSION, STEP_SIZES, STEP_TENSORS, ceil_div
 from gdn_backend_triton.sequences import locate, num_programs
 from gdn_backend_triton.taps import strides
+from torch import Tensor
+
 from gdn_portable.errors import InputError
 from gdn_portable.metadata import PrefillMetadata
 
@@ -23,7 +23,14 @@ GATES = 1024  # numbers that a program turns into linear decay
 SEQUENCES = 128  # that a program places
 FILLED = tl.constexpr(32)  # rows of V that a program fills
 ROWS = 64  # tokens that a program clears
+EVERY = 512  # tokens between the states that are kept for checkpoints
 UNITS = 16  # heads of K that a program normalises
+
+
+@triton.jit
+def first_row(start, n, EVERY: tl.constexpr):
+    """Return the row of a sequence's initial state among the states kept every EVERY tokens."""
+    return start // EVERY + n
 
 
 @triton.jit(do_not_specialize=STEP_SIZES)
@@ -38,15 +45,14 @@ def _unit(
     tl.store(out + row * K + k, value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(
-    do_not_specialize=(*STEP_SIZES, "own"), do_not_specialize_on_alignment=STEP_TENSORS
-)
+@triton.jit(do_not_specialize=(*STEP_SIZES, "own"), do_not_specialize_on_alignment=STEP_TENSORS)
 def _place(
-    g, alpha, cu_seqlens, state_indices, out_state_indices, has_initial_state, offsets, slots,
-    state, numel, N, own, g_t, g_h, cu_s, indices_s, out_indices_s, initial_s, state_s,
+    g, alpha, cu_seqlens, state_indices, out_state_indices, has_initial_state,
+    checkpoint_offsets, offsets, slots, starts, state, kept,
+    numel, N, own, g_t, g_h, cu_s, indices_s, out_indices_s, initial_s, checkpoints_s, state_s,
     state_h: tl.constexpr, state_v: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, PAD: tl.constexpr, FILLS: tl.constexpr, GATES: tl.constexpr,
-    SEQUENCES: tl.constexpr,
+    V: tl.constexpr, PAD: tl.constexpr, FILLS: tl.constexpr, EVERY: tl.constexpr,
+    GATES: tl.constexpr, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     gates = (numel + GATES - 1) // GATES
@@ -60,8 +66,10 @@ def _place(
     program -= gates
     if program < lists:
         n = program * SEQUENCES + tl.arange(0, SEQUENCES)
-        offset = tl.load(cu_seqlens + n * cu_s, mask=n <= N, other=0)
-        tl.store(offsets + n, offset.to(tl.int32), mask=n <= N)
+        offset = tl.load(cu_seqlens + n * cu_s, mask=n <= N, other=0).to(tl.int32)
+        tl.store(offsets + n, offset, mask=n <= N)
+        if kept is not None:
+            tl.store(starts + n, first_row(offset, n, EVERY) + 1, mask=n <= N)
         source = tl.load(state_indices + n * indices_s, mask=n < N, other=PAD).to(tl.int64)
         writes = source > PAD
         slot = source
@@ -83,20 +91,30 @@ def _place(
             return
         reads = n >= 0
         if has_initial_state is not None:
-            reads = tl.load(has_initial_state + n * initial_s).to(tl.int32) != 0
+            reads = tl.load(has_initial_state + n * initial_s) != 0
         target = source
         if out_state_indices is not None:
             target = tl.load(out_state_indices + n * out_indices_s).to(tl.int64)
             if target <= PAD:
                 target = (own + n).to(tl.int64)
-        if reads & (target == source):
-            return
-        o_v = part * FILLED + tl.arange(0, FILLED)[:, None]
-        inside = head * state_h + o_v * state_v + tl.arange(0, K)[None, :]
-        value = tl.zeros([FILLED, K], state.dtype.element_ty)
-        if reads:
-            value = tl.load(state + source * state_s + inside)
-        tl.store(state + target * state_s + inside, value)
+        fills = (not reads) | (target != source)
+        keeps = n < 0
+        if kept is not None:
+            checkpoint = tl.load(checkpoint_offsets + n * checkpoints_s).to(tl.int32)
+            keeps = (checkpoint >= 0) & (checkpoint < EVERY)
+        if fills | keeps:
+            o_v = part * FILLED + tl.arange(0, FILLED)[:, None]
+            o_k = tl.arange(0, K)[None, :]
+            inside = head * state_h + o_v * state_v + o_k
+            value = tl.zeros([FILLED, K], state.dtype.element_ty)
+            if reads:
+                value = tl.load(state + source * state_s + inside)
+            if fills:
+                tl.store(state + target * state_s + inside, value)
+            if keeps:
+                start = tl.load(cu_seqlens + n * cu_s).to(tl.int32)
+                row = first_row(start, n, EVERY).to(tl.int64) * HV + head
+                tl.store(kept + row * (V * K) + o_v * K + o_k, value.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
@@ -137,29 +155,49 @@ def unit(x: Tensor) -> Tensor:
 
 
 class Placed:
-    """A batch as FlashInfer may be given it; the pool's rows hold what sequences start from."""
+    """A batch as FlashInfer may be given it; the pool's rows hold what sequences start from.
 
-    __slots__ = ("alpha", "cu_seqlens", "own", "slots")
+    Attributes:
+        alpha: [T, HV] linear decay.
+        cu_seqlens: [N + 1] int32.
+        slots: [N] int32 rows of the pool, or of ``own``, counted from the pool's first.
+        own: memory for what may write no slot.
+        kept: [rows, HV, V, K] float32 where checkpoints are wanted: a sequence's initial state,
+            and room for the states every EVERY tokens behind it.
+        starts: [N + 1] int32 rows of ``kept`` behind the sequences' initial states.
+    """
+
+    __slots__ = ("alpha", "cu_seqlens", "kept", "own", "slots", "starts")
 
     def __init__(self, g: Tensor, state: Tensor, metadata: PrefillMetadata, pad: int) -> None:
         """Make it, in one launch."""
         (T, HV), N = g.shape, len(metadata.cu_seqlens) - 1
         V, K = state.shape[2:]
         targets, fresh = metadata.out_state_indices, metadata.has_initial_state
-        fills = targets is not None or fresh is not None
+        checkpoints = metadata.checkpoint_offsets
+
+        def integers(count: int) -> Tensor:
+            return torch.empty(count, dtype=torch.int32, device=g.device)
+
         self.alpha = torch.empty((T, HV), dtype=torch.float32, device=g.device)
-        self.cu_seqlens = torch.empty(N + 1, dtype=torch.int32, device=g.device)
-        self.slots = torch.empty(N, dtype=torch.int32, device=g.device)
+        self.cu_seqlens, self.slots = integers(N + 1), integers(N)
+        self.kept = self.starts = None
+        if checkpoints is not None:
+            rows = T // EVERY + N + 1
+            self.kept = torch.empty((rows, HV, V, K), dtype=torch.float32, device=g.device)
+            self.starts = integers(N + 1)
         self.own, first = _rows_beside(state, 1 if targets is None else N)
+        fills = targets is not None or fresh is not None or checkpoints is not None
         programs = ceil_div(T * HV, GATES) + ceil_div(N + 1, SEQUENCES)
         if fills:
             programs += N * HV * (V // FILLED.value)
         _place[(programs,)](
             g, self.alpha, metadata.cu_seqlens, metadata.state_indices, targets, fresh,
-            self.cu_seqlens, self.slots, state, T * HV, N, first, *g.stride(),
-            metadata.cu_seqlens.stride(0), metadata.state_indices.stride(0), *strides(targets, 1),
-            *strides(fresh, 1), *state.stride()[:3], HV, K, V, pad, fills, GATES, SEQUENCES,
-            num_warps=4, enable_fp_fusion=FP_FUSION,
+            checkpoints, self.cu_seqlens, self.slots, self.starts, state, self.kept,
+            T * HV, N, first, *g.stride(), metadata.cu_seqlens.stride(0),
+            metadata.state_indices.stride(0), *strides(targets, 1), *strides(fresh, 1),
+            *strides(checkpoints, 1), *state.stride()[:3], HV, K, V, pad, fills, EVERY, GATES,
+            SEQUENCES, num_warps=4, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
 
 

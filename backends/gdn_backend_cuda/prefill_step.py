@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from gdn_backend_triton.conv1d import make_front_end
+from gdn_backend_triton.gated_rms_norm import make_gated_rms_norm
 from torch import Tensor
 
 from gdn_backend_cuda.flashinfer_prefill import make_rule
-from gdn_backend_triton.conv1d import make_front_end
-from gdn_backend_triton.gated_rms_norm import make_gated_rms_norm
 from gdn_portable.errors import InputError
 from gdn_portable.interface import ChunkPrefill, PrefillStep
 from gdn_portable.metadata import GdnParams, PrefillMetadata

@@ -10,10 +10,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from gdn_backend_triton.launch import FP_FUSION, STEP_SIZES, STEP_TENSORS, ceil_div
 from gdn_backend_triton.taps import strides
+from torch import Tensor
 
 BLOCK = 256
 # exp of a + dt_bias overflows from 88.8 on, and FlashInfer multiplies the infinity by 0; what is
