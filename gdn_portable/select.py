@@ -25,8 +25,9 @@ from gdn_portable.warmup import warmup
 BUILTIN = {
     "reference": "gdn_portable.reference:BACKEND",
     "triton": "gdn_backend_triton:BACKEND",
+    "cuda": "gdn_backend_cuda:BACKEND",
 }
-DEFAULT_FOR = {"cpu": "reference", "cuda": "triton", "rocm": "triton"}
+DEFAULT_FOR = {"cpu": "reference", "cuda": "cuda", "rocm": "triton"}
 ENTRY_POINT_GROUP = "gdn_portable.backends"
 OVERRIDE_VARIABLE = "GDN_PORTABLE_KERNELS"
 

@@ -81,6 +81,8 @@ class Case:
             if name in before:
                 kept = _rows_equal(oracle[name], start[name])
                 moved = ~_rows_equal(value, before[name])
+                if name in ("state", "pool.state") and self.spec.scratch_slot is not None:
+                    moved[self.spec.scratch_slot] = False  # anyone may write it
                 assert not (kept & moved).any(), (
                     f"{self.name}: {name}[{(kept & moved).nonzero()[0].tolist()}] was written"
                 )
@@ -245,7 +247,8 @@ class _Inputs:
         D, HV, V = spec.conv_dim, spec.num_v_heads, spec.head_v_dim
         packed = self.normal(tokens, D + HV * V + 2 * HV).to(spec.dtype)
         mixed, z, b, a = packed.split([D, HV * V, HV, HV], dim=-1)
-        pool = StatePool.allocate(spec, SLOTS, "cpu", paged=True)
+        scratch = SLOTS if spec.scratch_slot is None else spec.scratch_slot
+        pool = StatePool.allocate(spec, max(SLOTS, scratch + 1), "cpu", paged=True)
         assert pool.conv_state is not None and pool.state is not None
         for tensor in (pool.conv_state, pool.state):
             live = sorted({slot for slot in slots if slot >= 0})
