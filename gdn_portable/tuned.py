@@ -7,6 +7,7 @@ with a backend; those in the user's cache folder go before them.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import math
@@ -217,7 +218,13 @@ def _complete(times: Times, kernels: frozenset[str]) -> Times | None:
 def _files(shipped: Path | None) -> Iterator[tuple[bool, Tuned]]:
     for is_shipped, folder in ((False, user_folder()), (True, shipped)):
         for path in sorted(folder.glob("*.json")) if folder else ():
-            yield is_shipped, read(path)
+            yield is_shipped, _read_once(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _read_once(path: Path, changed: int) -> Tuned:
+    """Return what a file holds, to be read alone: a bind looks at it several times."""
+    return read(path)
 
 
 def read(path: Path) -> Tuned:

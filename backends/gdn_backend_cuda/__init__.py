@@ -2,10 +2,13 @@
 """Kernels for NVIDIA: FlashInfer's where they were measured right and fast, then the shared ones.
 
 The shared Triton decode and verify are faster than FlashInfer's at every batch size on an H200,
-so they come first; FlashInfer's serve where they are named.
+so they come first; FlashInfer's serve where they are named. Which prefill is fastest depends on the
+batch: it is chosen by times, those in ``tuned`` or those that the command ``tune`` took.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 from gdn_backend_triton import KERNELS as SHARED
@@ -14,6 +17,7 @@ from gdn_backend_triton.launch import lazily
 
 from gdn_backend_cuda.flashinfer_probe import BF16_DECODE, DECODE, PREFILL, is_unfit
 from gdn_portable.backend import Backend, Kernel
+from gdn_portable.measured import measured
 from gdn_portable.spec import Device, GdnSpec, Op, StateLayout
 
 OLDEST = (0, 6, 14)
@@ -70,6 +74,7 @@ FIRST = (
 )
 AFTER = (
     _flashinfer(Op.CHUNK_PREFILL, "_cp", "flashinfer_prefill:make_chunk_prefill_cp", **PREFILLS),
+    _flashinfer(Op.PREFILL_STEP, "_cp", "prefill_step:make_prefill_step_cp", **PREFILLS),
     _flashinfer(
         Op.RECURRENT_DECODE,
         "",
@@ -87,4 +92,6 @@ AFTER = (
         refuse=_has_no_scratch,
     ),
 )
-BACKEND = Backend(name="cuda", devices=("cuda",), kernels=(*FIRST, *SHARED, *AFTER))
+TABLE = (*FIRST, *SHARED, *AFTER)
+TUNED = Path(__file__).parent / "tuned"
+BACKEND = Backend(name="cuda", devices=("cuda",), kernels=(*measured(TABLE, TUNED), *TABLE))

@@ -140,7 +140,9 @@ def _kernel_table(title: str, choices: tuple[Choice, ...]) -> Table:
     table = Table("op", "kernel", "", "reasons against it", title=title, title_justify="left")
     for choice in choices:
         mark = "serves" if choice.chosen else "cannot" if choice.reasons else "able, not first"
-        kernel = "\n".join([choice.kernel, *([choice.among.source] if choice.among else [])])
+        name, _, among = choice.kernel.partition(": ")
+        chosen_by = [choice.among.source] if choice.among else []
+        kernel = "\n".join([name, *filter(None, among.split(" | ")), *chosen_by])
         table.add_row(choice.op.value, kernel, mark, "\n".join(choice.reasons))
     return table
 
