@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gdn_portable.backend import Among, Kernel, Launcher
+from gdn_portable.backend import Among, Kernel, Launcher, MakeLauncher
 from gdn_portable.interface import PlanPrefill
 from gdn_portable.metadata import Plans, PrefillMetadata
 from gdn_portable.spec import Device, GdnSpec, Op
@@ -51,7 +51,7 @@ def _choosing(op: Op, ladder: Sequence[Kernel], shipped: Path | None) -> Kernel:
         able = _able(ladder, spec, device)
         names = [kernel.name for kernel in able]
         if len(able) < 2:
-            return f"nothing to choose from: {names[0] if names else 'none'} alone is able"
+            return f"fewer than two kernels to choose from: {', '.join(names) or 'none'}"
         found = find(spec, device, op, frozenset(names), shipped)
         if found is None:
             where = f"{device.name or device.kind} ({device.arch})"
@@ -99,7 +99,12 @@ def _planning(ladder: Sequence[Kernel], choosing: Sequence[Kernel]) -> Kernel:
     return _entry(Op.PLAN_PREFILL, make, refuse, among)
 
 
-def _entry(op: Op, make: Any, refuse: Any, among: Any) -> Kernel:
+def _entry(
+    op: Op,
+    make: MakeLauncher,
+    refuse: Callable[[GdnSpec, Device], str | None],
+    among: Callable[[GdnSpec, Device], Among],
+) -> Kernel:
     return Kernel(
         op=op,
         name=f"{LIBRARY}.{op.value}",
