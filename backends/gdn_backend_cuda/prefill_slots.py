@@ -111,10 +111,11 @@ def _place(
                 value = tl.load(state + source * state_s + inside)
             if fills:
                 tl.store(state + target * state_s + inside, value)
-            if keeps:
-                start = tl.load(cu_seqlens + n * cu_s).to(tl.int32)
-                row = first_row(start, n, EVERY).to(tl.int64) * HV + head
-                tl.store(kept + row * (V * K) + o_v * K + o_k, value.to(tl.float32))
+            if kept is not None:
+                if keeps:
+                    start = tl.load(cu_seqlens + n * cu_s).to(tl.int32)
+                    row = first_row(start, n, EVERY).to(tl.int64) * HV + head
+                    tl.store(kept + row * (V * K) + o_v * K + o_k, value.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
