@@ -42,7 +42,7 @@ def make_rule(spec: GdnSpec, *, use_cp: bool) -> ChunkPrefill:
 
 
 def _make(spec: GdnSpec, *, normalises: bool, use_cp: bool) -> ChunkPrefill:
-    launch = load(f"{PREFILL}:chunk_gated_delta_rule")
+    launch = load(PREFILL)
     takes_length = "max_seqlen" in parameters(launch)
 
     def run(*, q: Tensor, max_seqlen: int, **arguments: object) -> None:

@@ -23,6 +23,12 @@ def make_prefill_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> 
     return prefill_step_of(rule, spec, device, deterministic=deterministic)
 
 
+def make_prefill_step_cp(spec: GdnSpec, device: Device, *, deterministic: bool) -> PrefillStep:
+    """Return the step on FlashInfer's kernel that cuts sequences, unless ``deterministic``."""
+    rule = make_rule(spec, use_cp=not deterministic)
+    return prefill_step_of(rule, spec, device, deterministic=deterministic)
+
+
 def prefill_step_of(
     chunk_prefill: ChunkPrefill, spec: GdnSpec, device: Device, *, deterministic: bool
 ) -> PrefillStep:
