@@ -57,7 +57,7 @@ def is_unfit(function: str, oldest: tuple[int, int, int]) -> Callable[[], str | 
         if reason is not None:
             return reason
         version = importlib.metadata.version(DISTRIBUTION)
-        if _release(version) < oldest:
+        if release(version) < oldest:
             return f"{DISTRIBUTION} is {version}, needs {'.'.join(map(str, oldest))} or newer"
         return _unusable(function)
 
@@ -93,5 +93,6 @@ def load(function: str) -> Callable[..., Any]:
     return functools.partial(found, **given) if given else found
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version that releases are compared by."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
