@@ -40,7 +40,8 @@ def prefill_step_of(
         device: where.
         deterministic: as ``bind`` takes it.
     """
-    front_end = make_front_end(replace(spec, scale=1.0), device)
+    # a chunk's products take rows behind a sequence's end, times zero
+    front_end = make_front_end(replace(spec, scale=1.0), device, clears=True)
     gated_rms_norm = make_gated_rms_norm(spec, device, deterministic=deterministic)
 
     def prefill_step(
