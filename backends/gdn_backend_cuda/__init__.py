@@ -80,28 +80,25 @@ def _prefill(op: Op, name: str, target: str) -> Kernel:
     return _flashinfer(op, name, target, PREFILLS, shapes_are_unfit)
 
 
-BACKEND = Backend(
-    name="cuda",
-    devices=("cuda",),
-    kernels=(
-        _prefill(Op.CHUNK_PREFILL, "chunk_prefill", "flashinfer_prefill:make_chunk_prefill"),
-        _prefill(Op.CHUNK_PREFILL, "chunk_prefill_cp", "flashinfer_prefill:make_chunk_prefill_cp"),
-        _prefill(Op.PREFILL_STEP, "prefill_step", "prefill_step:make_prefill_step"),
-        _prefill(Op.PREFILL_STEP, "prefill_step_cp", "prefill_step:make_prefill_step_cp"),
-        *SHARED,
-        _flashinfer(
-            Op.RECURRENT_DECODE,
-            "recurrent_decode",
-            "flashinfer_decode:make_recurrent_decode",
-            DECODES,
-            _has_no_scratch,
-        ),
-        _flashinfer(
-            Op.MTP_VERIFY,
-            "mtp_verify",
-            "flashinfer_verify:make_mtp_verify",
-            VERIFIES,
-            _has_no_scratch,
-        ),
+TABLE = (
+    _prefill(Op.CHUNK_PREFILL, "chunk_prefill", "flashinfer_prefill:make_chunk_prefill"),
+    _prefill(Op.CHUNK_PREFILL, "chunk_prefill_cp", "flashinfer_prefill:make_chunk_prefill_cp"),
+    _prefill(Op.PREFILL_STEP, "prefill_step", "prefill_step:make_prefill_step"),
+    _prefill(Op.PREFILL_STEP, "prefill_step_cp", "prefill_step:make_prefill_step_cp"),
+    *SHARED,
+    _flashinfer(
+        Op.RECURRENT_DECODE,
+        "recurrent_decode",
+        "flashinfer_decode:make_recurrent_decode",
+        DECODES,
+        _has_no_scratch,
+    ),
+    _flashinfer(
+        Op.MTP_VERIFY,
+        "mtp_verify",
+        "flashinfer_verify:make_mtp_verify",
+        VERIFIES,
+        _has_no_scratch,
     ),
 )
+BACKEND = Backend(name="cuda", devices=("cuda",), kernels=TABLE)
