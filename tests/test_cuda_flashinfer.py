@@ -527,6 +527,21 @@ def test_a_checkpoint_may_lie_far_behind_the_states_that_are_kept(
         torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("kernel", [CHUNK, "flashinfer.chunk_prefill_cp"])
+def test_a_deterministic_prefill_does_not_depend_on_the_batch(kernel: str) -> None:
+    ops = bind(UNIT, "cuda", kernels={Op.CHUNK_PREFILL: kernel}, deterministic=True)
+    rows, alone, together = _chunk(3000), _states(UNIT), _states(UNIT)
+    last = Chunk(*(x[900:] for x in rows))
+
+    expected = ops.chunk_prefill(*last, alone, metadata=PrefillMetadata(_offsets(2100), _slots(2)))
+    got = ops.chunk_prefill(
+        *rows, together, metadata=PrefillMetadata(_offsets(70, 830, 2100), _slots(0, 1, 2))
+    )
+
+    assert torch.equal(got[900:], expected)
+    assert torch.equal(together[2], alone[2])
+
+
 def test_two_specs_are_bound_in_one_process() -> None:
     """Nothing of one layer's heads, dtypes or scale is left in the other's kernels."""
     other = replace(SPEC, num_k_heads=4, num_v_heads=4, scale=0.5, state_dtype=torch.bfloat16)

@@ -78,8 +78,8 @@ def _make(spec: GdnSpec, *, normalises: bool, use_cp: bool) -> ChunkPrefill:
         placed = Placed(g, state, metadata, spec.pad_slot)
         if not T:
             return result
-        prepare = unit if normalises else packed
-        q, k, v, beta = prepare(q), prepare(k), packed(v), packed(beta)
+        q, k = unit(q, k) if normalises else (packed(q), packed(k))
+        v, beta = packed(v), packed(beta)
         run(
             q=q,
             k=k,
