@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -90,8 +93,23 @@ class Site:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    """Make a site in front of the others; whatever is imported from it is forgotten."""
+    """Make the one site that has these packages; whatever is imported from it is forgotten."""
     pytest.importorskip("triton")
+    find_spec, version = importlib.util.find_spec, importlib.metadata.version
+
+    def find_here(name: str, package: str | None = None) -> ModuleSpec | None:
+        hidden = name in ("flashinfer", "cutlass") and not (tmp_path / name).exists()
+        return None if hidden else find_spec(name, package)
+
+    def version_here(name: str) -> str:
+        if name not in ("flashinfer-python", "nvidia-cutlass-dsl"):
+            return version(name)
+        for found in importlib.metadata.distributions(name=name, path=[str(tmp_path)]):
+            return found.version
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_here)
+    monkeypatch.setattr(importlib.metadata, "version", version_here)
     monkeypatch.syspath_prepend(str(tmp_path))
     before = _libraries()
     for name in before:
