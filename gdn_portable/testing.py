@@ -159,6 +159,7 @@ class _Inputs:
     def __init__(self, spec: GdnSpec, generator: torch.Generator) -> None:
         self.spec = spec
         self.generator = generator
+        self.num_slots = max(SLOTS, (spec.scratch_slot or 0) + 1)
 
     def prefills(self) -> Iterator[tuple[str, Arguments]]:
         lengths = [0, 1, 2, 3, 0, 63, 64, 65, 7, 130, 0]
@@ -247,8 +248,7 @@ class _Inputs:
         D, HV, V = spec.conv_dim, spec.num_v_heads, spec.head_v_dim
         packed = self.normal(tokens, D + HV * V + 2 * HV).to(spec.dtype)
         mixed, z, b, a = packed.split([D, HV * V, HV, HV], dim=-1)
-        scratch = SLOTS if spec.scratch_slot is None else spec.scratch_slot
-        pool = StatePool.allocate(spec, max(SLOTS, scratch + 1), "cpu", paged=True)
+        pool = StatePool.allocate(spec, self.num_slots, "cpu", paged=True)
         assert pool.conv_state is not None and pool.state is not None
         for tensor in (pool.conv_state, pool.state):
             live = sorted({slot for slot in slots if slot >= 0})
@@ -268,7 +268,7 @@ class _Inputs:
 
     def drafts(self, protocol: str) -> Drafts:
         if protocol == "replay":
-            return self.filled(ReplayDrafts.allocate(self.spec, SLOTS, MAX_DRAFTS, "cpu"))
+            return self.filled(ReplayDrafts.allocate(self.spec, self.num_slots, MAX_DRAFTS, "cpu"))
         drafts = SnapshotDrafts.allocate(self.spec, 6, MAX_DRAFTS + 1, "cpu")
         for tensor in (drafts.conv_state, drafts.state):
             assert tensor is not None

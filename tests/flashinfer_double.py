@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -238,6 +239,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, content in modules.items():
         module = ModuleType(name)
-        vars(module).update(content)
+        vars(module).update(content, __path__=[])
+        module.__spec__ = ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
     CALLS.clear()

@@ -212,7 +212,11 @@ def test_explain_says_whose_times_decide_and_what_they_say(
             "no times of a.chunk_prefill and b.chunk_prefill on NVIDIA B200 (sm100): tune "
             "measures them",
         ),
-        (H200, (A, replace(B, archs=("gfx942",))), "fewer than two kernels to choose from: a.chunk_prefill"),
+        (
+            H200,
+            (A, replace(B, archs=("gfx942",))),
+            "fewer than two kernels to choose from: a.chunk_prefill",
+        ),
         (
             H200,
             (A, named(Op.CHUNK_PREFILL, "c")),

@@ -8,6 +8,7 @@ batch: it is chosen by times, those in ``tuned`` or those that the command ``tun
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,32 +16,38 @@ from gdn_backend_triton import KERNELS as SHARED
 from gdn_backend_triton import shapes_are_unfit, triton_is_missing
 from gdn_backend_triton.launch import lazily
 
-from gdn_backend_cuda.flashinfer_probe import BF16_DECODE, DECODE, PREFILL, is_unfit
+from gdn_backend_cuda.flashinfer_probe import (
+    DECODE,
+    PREFILL,
+    SCRATCH,
+    VERIFY,
+    VERIFY_BFLOAT16,
+    is_unfit,
+)
 from gdn_portable.backend import Backend, Kernel
 from gdn_portable.measured import measured
 from gdn_portable.spec import Device, GdnSpec, Op, StateLayout
 
 OLDEST = (0, 6, 14)
-# before, Hopper's prefill takes no slots
-OLDEST_PREFILL = (0, 7, 0)
+OLDEST_PREFILL = (0, 7, 0)  # before, Hopper's takes no slots
 
-_decode = is_unfit(f"{DECODE}:gated_delta_rule_decode_pretranspose", OLDEST)
-_verify = is_unfit(f"{DECODE}:gated_delta_rule_mtp", OLDEST)
-_verify_bf16 = is_unfit(f"{BF16_DECODE}:gated_delta_rule_mtp", OLDEST)
-_prefill = is_unfit(f"{PREFILL}:chunk_gated_delta_rule", OLDEST_PREFILL)
-_scratch = is_unfit("flashinfer.utils:_get_cache_buf", OLDEST_PREFILL)
+Probe = Callable[[], str | None]
 
 
-def _prefill_is_unfit() -> str | None:
-    return triton_is_missing() or _prefill() or _scratch()
+def _first_of(*probes: Probe) -> Probe:
+    """Return a probe that gives the first reason of several."""
+
+    def probe() -> str | None:
+        return next((reason for each in probes if (reason := each()) is not None), None)
+
+    return probe
 
 
-def _decode_is_unfit() -> str | None:
-    return triton_is_missing() or _decode()
-
-
-def _verify_is_unfit() -> str | None:
-    return triton_is_missing() or _verify() or _verify_bf16()
+PREFILLS = _first_of(
+    triton_is_missing, is_unfit(PREFILL, OLDEST_PREFILL), is_unfit(SCRATCH, OLDEST_PREFILL)
+)
+DECODES = _first_of(triton_is_missing, is_unfit(DECODE, OLDEST))
+VERIFIES = _first_of(triton_is_missing, is_unfit(VERIFY, OLDEST), is_unfit(VERIFY_BFLOAT16, OLDEST))
 
 
 def _has_no_scratch(spec: GdnSpec, device: Device) -> str | None:
@@ -49,49 +56,53 @@ def _has_no_scratch(spec: GdnSpec, device: Device) -> str | None:
     return shapes_are_unfit(spec, device)
 
 
-def _flashinfer(op: Op, suffix: str, target: str, **fields: object) -> Kernel:
-    common = {
-        "devices": ("cuda",),
-        "archs": ("sm90",),
-        "state_dtypes": (torch.float32, torch.bfloat16),
-        "head_dims": ((128, 128),),
-        "state_layouts": (StateLayout.VK,),
-        "conv_layouts": None,
-    }
+def _flashinfer(
+    op: Op,
+    name: str,
+    target: str,
+    probe: Probe,
+    refuse: Callable[[GdnSpec, Device], str | None],
+) -> Kernel:
     return Kernel(
         op=op,
-        name=f"flashinfer.{op.value}{suffix}",
+        name=f"flashinfer.{name}",
         target=lazily(f"gdn_backend_cuda.{target}"),
-        **{**common, **fields},
+        probe=probe,
+        devices=("cuda",),
+        archs=("sm90",),
+        dtypes=(torch.bfloat16, torch.float16),
+        state_dtypes=(torch.float32, torch.bfloat16),
+        head_dims=((128, 128),),
+        state_layouts=(StateLayout.VK,),
+        conv_layouts=None,
+        refuse=refuse,
     )
 
 
-LOW = (torch.bfloat16, torch.float16)
-PREFILLS = {"probe": _prefill_is_unfit, "dtypes": LOW, "refuse": shapes_are_unfit}
-FIRST = (
-    _flashinfer(Op.CHUNK_PREFILL, "", "flashinfer_prefill:make_chunk_prefill", **PREFILLS),
-    _flashinfer(Op.PREFILL_STEP, "", "prefill_step:make_prefill_step", **PREFILLS),
-)
-AFTER = (
-    _flashinfer(Op.CHUNK_PREFILL, "_cp", "flashinfer_prefill:make_chunk_prefill_cp", **PREFILLS),
-    _flashinfer(Op.PREFILL_STEP, "_cp", "prefill_step:make_prefill_step_cp", **PREFILLS),
+def _prefill(op: Op, name: str, target: str) -> Kernel:
+    return _flashinfer(op, name, target, PREFILLS, shapes_are_unfit)
+
+
+TABLE = (
+    _prefill(Op.CHUNK_PREFILL, "chunk_prefill", "flashinfer_prefill:make_chunk_prefill"),
+    _prefill(Op.CHUNK_PREFILL, "chunk_prefill_cp", "flashinfer_prefill:make_chunk_prefill_cp"),
+    _prefill(Op.PREFILL_STEP, "prefill_step", "prefill_step:make_prefill_step"),
+    _prefill(Op.PREFILL_STEP, "prefill_step_cp", "prefill_step:make_prefill_step_cp"),
+    *SHARED,
     _flashinfer(
         Op.RECURRENT_DECODE,
-        "",
+        "recurrent_decode",
         "flashinfer_decode:make_recurrent_decode",
-        probe=_decode_is_unfit,
-        dtypes=LOW,
-        refuse=_has_no_scratch,
+        DECODES,
+        _has_no_scratch,
     ),
     _flashinfer(
         Op.MTP_VERIFY,
-        "",
+        "mtp_verify",
         "flashinfer_verify:make_mtp_verify",
-        probe=_verify_is_unfit,
-        dtypes=LOW,
-        refuse=_has_no_scratch,
+        VERIFIES,
+        _has_no_scratch,
     ),
 )
-TABLE = (*FIRST, *SHARED, *AFTER)
 TUNED = Path(__file__).parent / "tuned"
 BACKEND = Backend(name="cuda", devices=("cuda",), kernels=(*measured(TABLE, TUNED), *TABLE))

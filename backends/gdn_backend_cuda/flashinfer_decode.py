@@ -16,7 +16,7 @@ from gdn_portable.spec import Device, GdnSpec
 
 def make_recurrent_decode(spec: GdnSpec, device: Device, *, deterministic: bool) -> RecurrentDecode:
     """Return the op: slots and gates made fit, FlashInfer's kernel, zeros for padding."""
-    launch = load(f"{DECODE}:gated_delta_rule_decode_pretranspose")
+    launch = load(DECODE)
     scratch = spec.scratch_slot
     if scratch is None:
         raise InputError("scratch_slot is None, needs a slot that padding may write")

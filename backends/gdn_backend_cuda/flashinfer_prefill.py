@@ -42,7 +42,7 @@ def make_rule(spec: GdnSpec, *, use_cp: bool) -> ChunkPrefill:
 
 
 def _make(spec: GdnSpec, *, normalises: bool, use_cp: bool) -> ChunkPrefill:
-    launch = load(f"{PREFILL}:chunk_gated_delta_rule")
+    launch = load(PREFILL)
     takes_length = "max_seqlen" in parameters(launch)
 
     def run(*, q: Tensor, max_seqlen: int, **arguments: object) -> None:
@@ -78,8 +78,8 @@ def _make(spec: GdnSpec, *, normalises: bool, use_cp: bool) -> ChunkPrefill:
         placed = Placed(g, state, metadata, spec.pad_slot)
         if not T:
             return result
-        prepare = unit if normalises else packed
-        q, k, v, beta = prepare(q), prepare(k), packed(v), packed(beta)
+        q, k = unit(q, k) if normalises else (packed(q), packed(k))
+        v, beta = packed(v), packed(beta)
         run(
             q=q,
             k=k,

@@ -17,31 +17,33 @@ from typing import Any
 from gdn_portable.backend import needs
 
 DISTRIBUTION = "flashinfer-python"
-DECODE = "flashinfer.gdn_decode"
-PREFILL = "flashinfer.gdn_prefill"
-BF16_DECODE = "flashinfer.gdn_kernels.gdn_decode_bf16_state"
+DECODE = "flashinfer.gdn_decode:gated_delta_rule_decode_pretranspose"
+VERIFY = "flashinfer.gdn_decode:gated_delta_rule_mtp"
+VERIFY_BFLOAT16 = "flashinfer.gdn_kernels.gdn_decode_bf16_state:gated_delta_rule_mtp"
+PREFILL = "flashinfer.gdn_prefill:chunk_gated_delta_rule"
+SCRATCH = "flashinfer.utils:_get_cache_buf"
 # what a call means is lost without them
 SEMANTIC = {
-    f"{DECODE}:gated_delta_rule_decode_pretranspose": (
+    DECODE: (
         "q", "k", "v", "A_log", "a", "dt_bias", "b", "scale", "output", "use_qk_l2norm", "state",
         "initial_state", "initial_state_indices", "output_state_indices",
     ),
-    f"{DECODE}:gated_delta_rule_mtp": (
+    VERIFY: (
         "q", "k", "v", "initial_state", "initial_state_indices", "A_log", "a", "dt_bias", "b",
         "scale", "output", "intermediate_states_buffer", "ssm_state_indices",
         "disable_state_update", "use_qk_l2norm",
     ),
-    f"{BF16_DECODE}:gated_delta_rule_mtp": (
+    VERIFY_BFLOAT16: (
         "A_log", "a", "dt_bias", "q", "k", "v", "b", "initial_state_source",
         "initial_state_indices", "ssm_state_indices", "disable_state_update",
         "use_qk_l2norm_in_kernel", "scale", "output",
     ),
-    f"{PREFILL}:chunk_gated_delta_rule": (
+    PREFILL: (
         "q", "k", "v", "g", "beta", "scale", "initial_state", "output_final_state", "cu_seqlens",
         "use_qk_l2norm_in_kernel", "output", "output_state", "use_cp", "state_indices",
         "state_checkpoints", "checkpoint_cu_starts", "checkpoint_every_n_tokens",
     ),
-    "flashinfer.utils:_get_cache_buf": ("name", "num_bytes", "device"),
+    SCRATCH: ("name", "num_bytes", "device"),
 }  # fmt: skip
 # passed where they are known: they choose among kernels and size grids
 TUNING = {"backend": "flashinfer"}
@@ -55,7 +57,7 @@ def is_unfit(function: str, oldest: tuple[int, int, int]) -> Callable[[], str | 
         if reason is not None:
             return reason
         version = importlib.metadata.version(DISTRIBUTION)
-        if _release(version) < oldest:
+        if release(version) < oldest:
             return f"{DISTRIBUTION} is {version}, needs {'.'.join(map(str, oldest))} or newer"
         return _unusable(function)
 
@@ -91,5 +93,6 @@ def load(function: str) -> Callable[..., Any]:
     return functools.partial(found, **given) if given else found
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version that releases are compared by."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])

@@ -12,7 +12,7 @@ from gdn_backend_triton.launch import refuse_gradients
 from gdn_backend_triton.mtp_verify import make_mtp_verify as make_triton_verify
 from torch import Tensor
 
-from gdn_backend_cuda.flashinfer_probe import BF16_DECODE, DECODE, load
+from gdn_backend_cuda.flashinfer_probe import VERIFY, VERIFY_BFLOAT16, load
 from gdn_backend_cuda.slots import ALIGNMENT, Placed, aligned, kernel_output
 from gdn_portable.errors import InputError
 from gdn_portable.interface import MtpVerify
@@ -29,7 +29,7 @@ def make_mtp_verify(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
     """Return the op."""
     triton_verify = make_triton_verify(spec, device, deterministic=deterministic)
     is_float32 = spec.state_dtype is torch.float32
-    launch = load(f"{DECODE if is_float32 else BF16_DECODE}:gated_delta_rule_mtp")
+    launch = load(VERIFY if is_float32 else VERIFY_BFLOAT16)
     absent = SKIPPED if is_float32 else spec.scratch_slot
     scratch = spec.scratch_slot
     if scratch is None or absent is None:
@@ -93,12 +93,13 @@ def make_mtp_verify(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
         )
 
         def by_draft(rows: Tensor) -> Tensor:
-            return rows.unflatten(0, (B, P))
+            grouped: Tensor = rows.unflatten(0, (B, P))
+            return grouped
 
         if isinstance(drafts, SnapshotDrafts):
             kept = {"intermediate_states_buffer": drafts.state, "disable_state_update": True}
         else:
-            kept = {"ssm_state_indices": by_draft(placed.write), "disable_state_update": False}
+            kept = {"ssm_state_indices": by_draft(placed.targets), "disable_state_update": False}
         launch(
             q=by_draft(aligned(q)),
             k=by_draft(aligned(k)),

@@ -35,14 +35,19 @@ def first_row(start, n, EVERY: tl.constexpr):
 
 @triton.jit(do_not_specialize=STEP_SIZES)
 def _unit(
-    x, out, num_rows, x_t, x_h, H: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr
+    q, k, out, num_rows, q_t, q_h, k_t, k_h, H: tl.constexpr, K: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    k = tl.arange(0, K)[None, :]
-    inside = row < num_rows
-    value = tl.load(x + row // H * x_t + row % H * x_h + k, mask=inside, other=0.0).to(tl.float32)
+    i = tl.arange(0, K)[None, :]
+    is_key = row >= num_rows
+    of = tl.where(is_key, row - num_rows, row)
+    inside = of < num_rows
+    query = tl.load(q + of // H * q_t + of % H * q_h + i, mask=inside & ~is_key, other=0.0)
+    key = tl.load(k + of // H * k_t + of % H * k_h + i, mask=inside & is_key, other=0.0)
+    value = query.to(tl.float32) + key.to(tl.float32)
     value *= tl.rsqrt(tl.sum(value * value, 1) + 1e-6)[:, None]
-    tl.store(out + row * K + k, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * K + i, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=(*STEP_SIZES, "own"), do_not_specialize_on_alignment=STEP_TENSORS)
@@ -111,10 +116,11 @@ def _place(
                 value = tl.load(state + source * state_s + inside)
             if fills:
                 tl.store(state + target * state_s + inside, value)
-            if keeps:
-                start = tl.load(cu_seqlens + n * cu_s).to(tl.int32)
-                row = first_row(start, n, EVERY).to(tl.int64) * HV + head
-                tl.store(kept + row * (V * K) + o_v * K + o_k, value.to(tl.float32))
+            if kept is not None:
+                if keeps:
+                    start = tl.load(cu_seqlens + n * cu_s).to(tl.int32)
+                    row = first_row(start, n, EVERY).to(tl.int64) * HV + head
+                    tl.store(kept + row * (V * K) + o_v * K + o_k, value.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
@@ -142,16 +148,17 @@ def _clear(
         tl.store(at, value.to(out.dtype.element_ty), mask=inside)
 
 
-def unit(x: Tensor) -> Tensor:
-    """Return x [T, H, K] normalised over K, rounded to its dtype and contiguous."""
-    T, H, K = x.shape
-    if x.stride(2) != 1:
-        x = x.contiguous()
-    out = torch.empty((T, H, K), dtype=x.dtype, device=x.device)
-    _unit[(ceil_div(T * H, UNITS),)](
-        x, out, T * H, *x.stride()[:2], H, K, UNITS, num_warps=4, enable_fp_fusion=FP_FUSION
-    )
-    return out
+def unit(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Return q and k [T, H, K] normalised over K, rounded to their dtype and contiguous."""
+    T, H, K = q.shape
+    if q.stride(2) != 1 or k.stride(2) != 1:
+        q, k = q.contiguous(), k.contiguous()
+    out = torch.empty((2, T, H, K), dtype=q.dtype, device=q.device)
+    _unit[(ceil_div(2 * T * H, UNITS),)](
+        q, k, out, T * H, *q.stride()[:2], *k.stride()[:2], H, K, UNITS, num_warps=4,
+        enable_fp_fusion=FP_FUSION,
+    )  # fmt: skip
+    return out[0], out[1]
 
 
 class Placed:

@@ -24,7 +24,7 @@ def make_prefill_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> 
 
 
 def make_prefill_step_cp(spec: GdnSpec, device: Device, *, deterministic: bool) -> PrefillStep:
-    """Return the step on FlashInfer's kernel with context parallelism, unless deterministic."""
+    """Return the step on FlashInfer's kernel that cuts sequences, unless ``deterministic``."""
     rule = make_rule(spec, use_cp=not deterministic)
     return prefill_step_of(rule, spec, device, deterministic=deterministic)
 
@@ -40,7 +40,8 @@ def prefill_step_of(
         device: where.
         deterministic: as ``bind`` takes it.
     """
-    front_end = make_front_end(replace(spec, scale=1.0), device)
+    # a chunk's products take rows behind a sequence's end, times zero
+    front_end = make_front_end(replace(spec, scale=1.0), device, clears=True)
     gated_rms_norm = make_gated_rms_norm(spec, device, deterministic=deterministic)
 
     def prefill_step(

@@ -14,6 +14,8 @@ from gdn_backend_triton.launch import FP_FUSION, STEP_SIZES, STEP_TENSORS, ceil_
 from gdn_backend_triton.taps import strides
 from torch import Tensor
 
+from gdn_portable.errors import InputError
+
 BLOCK = 256
 # exp of a + dt_bias overflows from 88.8 on, and FlashInfer multiplies the infinity by 0; what is
 # cut off decays by e^-80 times the head's rate and more
@@ -132,6 +134,13 @@ class Placed:
             *strides(out_state_indices, 1), *strides(num_accepted, 1), HV, drafts, table, pad,
             BLOCK, num_warps=4, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
+
+    @property
+    def targets(self) -> Tensor:
+        """Return the slots that are written, where any are."""
+        if self.write is None:
+            raise InputError("needs a slot table, or out_state_indices")
+        return self.write
 
     def finish(self, o: Tensor, out: Tensor, drafts: int) -> None:
         """Write zeros to rows of padding, and the others of ``o`` to ``out`` where they differ."""
