@@ -137,7 +137,8 @@ def user_folder() -> Path | None:
     return root / "gdn_portable" / "tuned"
 
 
-def versions() -> dict[str, str]:
+@functools.cache
+def versions() -> Mapping[str, str]:
     """Return the versions of the libraries that are here."""
     installed = {name: version for name in LIBRARIES if (version := _version(name))}
     return {"gdn-portable": gdn_portable.__version__, **installed}

@@ -313,5 +313,5 @@ def test_a_damaged_file_is_not_written_over(tune_it: Callable[..., Any], kept: P
 
 
 def test_the_grid_holds_short_and_long_alone_and_packed() -> None:
-    assert {Cell(1, 256), Cell(1, 32768), Cell(32, 1024)} <= set(tune.GRID)
+    assert {Cell(1, 256), Cell(1, 32768), Cell(16, 2048)} <= set(tune.GRID)
     assert all(cell.length >= 64 for cell in tune.GRID)

@@ -54,8 +54,9 @@ def test_a_file_is_read_as_it_was_written_with_a_line_for_every_cell(tmp_path: P
 
 
 def test_a_file_is_named_after_the_gpu_and_the_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {"triton": "3.6.0+git1", "flashinfer-python": "0.7.2.post1"}
-    monkeypatch.setattr(tuned, "_version", found.get)
+    found = {"flashinfer-python": "0.7.2.post1", "triton": "3.6.0+git1"}
+    there = {"gdn-portable": "0.1.0", **found}
+    monkeypatch.setattr(tuned, "versions", lambda: there)
 
     name = file_name(Device("cuda", "sm90", 0, "NVIDIA H100 80GB HBM3/x"))
 

@@ -14,8 +14,8 @@ from gdn_portable.spec import Device, GdnSpec, Op
 from gdn_portable.steps import COMPOSED
 from gdn_portable.tuned import Cell, Layer, Tuned
 
-SEQUENCES = (1, 2, 4, 8, 32)
-TOKENS = (256, 1024, 2048, 4096, 8192, 16384, 32768)
+SEQUENCES = (1, 2, 4, 8, 16)
+TOKENS = (256, 1024, 2048, 4096, 8192, 32768)
 SHORTEST = 64  # tokens of a sequence
 GRID = tuple(Cell(n, t // n) for n in SEQUENCES for t in TOKENS if t // n >= SHORTEST)
 
