@@ -151,9 +151,9 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def file_name(device: Device) -> str:
-    """Return the name of the file for a device under the versions that are here."""
-    parts = [device.name or device.arch, *(f"{name}-{v}" for name, v in versions().items())]
+def file_name(device: Device, installed: Mapping[str, str]) -> str:
+    """Return the name of the file for a device under those versions of libraries."""
+    parts = [device.name or device.arch, *(f"{name}-{v}" for name, v in installed.items())]
     return "_".join(re.sub(r"[^a-z0-9.+]+", "-", part.lower()) for part in parts) + ".json"
 
 
@@ -163,7 +163,7 @@ def open_file(folder: Path, device: Device) -> Tuned:
     Raises:
         TunedFileError: there is one that cannot be used.
     """
-    path = folder / file_name(device)
+    path = folder / file_name(device, versions())
     if path.exists():
         return read(path)
     return Tuned(path=path, device=device, versions=versions())

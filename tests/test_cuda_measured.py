@@ -45,7 +45,7 @@ if min(map(len, KERNELS.values())) < 2:
 def ops(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GdnOps:
     """Return ops whose choice changes from cell to cell, and with the parameter in every cell."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = tmp_path / "gdn_portable" / "tuned" / file_name(DEVICE)
+    path = tmp_path / "gdn_portable" / "tuned" / file_name(DEVICE, versions())
     tuned = Tuned(path=path, device=DEVICE, versions=versions())
     for op, names in KERNELS.items():
         for place, cell in enumerate(CELLS):

@@ -17,7 +17,7 @@ from torch import Tensor
 from gdn_portable import Backend, GdnSpec, Kernel, Op, PrefillMetadata, bind, select
 from gdn_portable.bench import card, tune
 from gdn_portable.bench.timing import Run
-from gdn_portable.tuned import Cell, Layer, file_name, read
+from gdn_portable.tuned import Cell, Layer, file_name, read, versions
 from tests.command import QWEN3_NEXT, Command
 from tests.fakes import CPU, install, kernel_of
 from tests.tuned import backend_of_measured
@@ -113,7 +113,7 @@ def tune_it(command: Command, work: Work, tmp_path: Path) -> Callable[..., Any]:
 @pytest.fixture
 def kept(tmp_path: Path) -> Path:
     """Return the file that the command writes where no folder is named."""
-    return tmp_path / "cache" / "gdn_portable" / "tuned" / file_name(CPU)
+    return tmp_path / "cache" / "gdn_portable" / "tuned" / file_name(CPU, versions())
 
 
 TIMES = {
@@ -266,7 +266,7 @@ def test_the_file_goes_where_it_is_told_with_every_tp_size(
     tune_it("--output", tmp_path / "there", "--tp-size", "1", "--tp-size", "2")
 
     assert not kept.exists()
-    layers = read(tmp_path / "there" / file_name(CPU)).layers
+    layers = read(tmp_path / "there" / file_name(CPU, versions())).layers
     assert [layer[:2] for layer in layers] == [(1, 2), (2, 4)]
 
 

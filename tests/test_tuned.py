@@ -53,17 +53,12 @@ def test_a_file_is_read_as_it_was_written_with_a_line_for_every_cell(tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == [written.path.name]
 
 
-def test_a_file_is_named_after_the_gpu_and_the_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {"flashinfer-python": "0.7.2.post1", "triton": "3.6.0+git1"}
-    there = {"gdn-portable": "0.1.0", **found}
-    monkeypatch.setattr(tuned, "versions", lambda: there)
+def test_a_file_is_named_after_the_gpu_and_the_versions() -> None:
+    device = Device("cuda", "sm90", 0, "NVIDIA H100 80GB HBM3/x")
 
-    name = file_name(Device("cuda", "sm90", 0, "NVIDIA H100 80GB HBM3/x"))
+    name = file_name(device, {"flashinfer-python": "0.7.2.post1", "triton": "3.6.0+git1"})
 
-    assert name == (
-        "nvidia-h100-80gb-hbm3-x_gdn-portable-0.1.0_flashinfer-python-0.7.2.post1_"
-        "triton-3.6.0+git1.json"
-    )
+    assert name == "nvidia-h100-80gb-hbm3-x_flashinfer-python-0.7.2.post1_triton-3.6.0+git1.json"
 
 
 def test_a_file_that_is_not_there_is_empty_and_made_with_its_folder(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def keep(
 ) -> Tuned:
     """Write a file of times."""
     layers = {Layer.of(spec): {op: times_of(op, by_cell) for op in ops}}
-    path = folder / file_name(device)
+    path = folder / file_name(device, versions())
     tuned = replace(Tuned(path=path, device=device, versions=versions(), layers=layers), **changes)
     tuned.write()
     return tuned
