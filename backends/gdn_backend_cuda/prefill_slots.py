@@ -48,11 +48,13 @@ def _unit(
     query = tl.load(q + of // H * q_t + of % H * q_h + i, mask=inside & ~is_key, other=0.0)
     key = tl.load(k + of // H * k_t + of % H * k_h + i, mask=inside & is_key, other=0.0)
     value = query.to(tl.float32) + key.to(tl.float32)
-    value *= tl.rsqrt(tl.sum(value * value, 1) + 1e-6)[:, None]
+    squares = tl.sum(value * value, 1)
+    factor = tl.rsqrt(squares + 1e-6)
+    value *= factor[:, None]
     rounded = value.to(out.dtype.element_ty)
     tl.store(out + row * K + i, rounded, mask=inside)
     at = shrinkage + tl.where(is_key, num_rows, 0) + of % H * (num_rows // H) + of // H
-    tl.store(at, shrunk(value, rounded)[:, None], mask=inside)
+    tl.store(at, shrunk(squares * factor * factor, rounded)[:, None], mask=inside)
 
 
 @triton.jit(do_not_specialize=(*STEP_SIZES, "own"), do_not_specialize_on_alignment=STEP_TENSORS)

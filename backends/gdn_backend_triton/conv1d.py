@@ -154,11 +154,11 @@ def _turn_window(
 
 
 @triton.jit
-def shrunk(y, rounded):
-    """Return by what the squares of the rows' norms were divided when they were rounded."""
+def shrunk(squares, rounded):
+    """Return by what ``squares``, of the rows' norms, were divided when the rows were rounded."""
     rounded = rounded.to(tl.float32)
-    squares = tl.sum(rounded * rounded, 1)
-    return tl.where(squares > 0.0, tl.sum(y * y, 1) / squares, 1.0)
+    left = tl.sum(rounded * rounded, 1)
+    return tl.where(left > 0.0, squares / left, 1.0)
 
 
 @triton.jit
@@ -173,14 +173,17 @@ def _store_rows(
     for i in tl.static_range(RUN):
         y = convolve(rows, i, weight, bias, W, SILU)
         if NORMALISE:
-            y *= tl.rsqrt(tl.sum(y * y, 1) + 1e-6)[:, None]
-        y *= scale
+            squares = tl.sum(y * y, 1)
+            factor = tl.rsqrt(squares + 1e-6) * scale
+            y *= factor[:, None]
+        else:
+            y *= scale
         target = out + (row + i) * out_t + channel * out_d
         value = y.to(out.dtype.element_ty)
         tl.store(target, value, mask=(row + i < left) & mask)
         if shrinkage is not None:
-            by = shrunk(y, value)[:, None]
-            tl.store(shrinkage + row + i, by, mask=row + i < left)
+            by = shrunk(squares * factor * factor, value)
+            tl.store(shrinkage + row + i, by[:, None], mask=row + i < left)
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
