@@ -18,6 +18,7 @@ import torch
 from gdn_backend_cuda import BACKEND, flashinfer_probe
 
 from gdn_portable import Choice, Device, GdnSpec, Op, StateLayout, UnsupportedError, bind, explain
+from tests.command import Command
 
 HOPPER = Device("cuda", "sm90")
 SPEC = GdnSpec(
@@ -223,6 +224,16 @@ def test_a_library_that_cannot_be_used_gives_its_reason_and_the_next_kernel_serv
     assert bind(SPEC, HOPPER, backend="cuda").kernels[Op.CHUNK_PREFILL] == "triton.chunk_prefill"
     with pytest.raises(UnsupportedError, match="no kernel can serve chunk_prefill"):
         bind(SPEC, HOPPER, backend="cuda", kernels={Op.CHUNK_PREFILL: CHUNK})
+
+
+def test_doctor_shows_why_a_library_cannot_be_used(site: Site, command: Command) -> None:
+    _failing(site)
+
+    document = command.document("doctor", "--arch", "sm90")
+
+    choices = {choice["kernel"]: choice for choice in document["backends"]["cuda"]}
+    assert choices[CHUNK]["reasons"][0].endswith("RuntimeError: no driver")
+    assert choices["triton.chunk_prefill"]["chosen"]
 
 
 def test_a_library_in_order_serves(site: Site) -> None:

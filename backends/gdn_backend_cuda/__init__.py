@@ -30,6 +30,7 @@ from gdn_portable.spec import Device, GdnSpec, Op, StateLayout
 
 OLDEST = (0, 6, 14)
 OLDEST_PREFILL = (0, 7, 0)  # before, Hopper's takes no slots
+BFLOAT16 = (torch.bfloat16,)  # decode and verify round float16 to it
 
 Probe = Callable[[], str | None]
 
@@ -61,6 +62,7 @@ def _flashinfer(
     name: str,
     target: str,
     probe: Probe,
+    dtypes: tuple[torch.dtype, ...],
     refuse: Callable[[GdnSpec, Device], str | None],
 ) -> Kernel:
     return Kernel(
@@ -70,7 +72,7 @@ def _flashinfer(
         probe=probe,
         devices=("cuda",),
         archs=("sm90",),
-        dtypes=(torch.bfloat16, torch.float16),
+        dtypes=dtypes,
         state_dtypes=(torch.float32, torch.bfloat16),
         head_dims=((128, 128),),
         state_layouts=(StateLayout.VK,),
@@ -80,7 +82,8 @@ def _flashinfer(
 
 
 def _prefill(op: Op, name: str, target: str) -> Kernel:
-    return _flashinfer(op, name, target, PREFILLS, shapes_are_unfit)
+    dtypes = (torch.bfloat16, torch.float16)
+    return _flashinfer(op, name, target, PREFILLS, dtypes, shapes_are_unfit)
 
 
 TABLE = (
@@ -94,6 +97,7 @@ TABLE = (
         "recurrent_decode",
         "flashinfer_decode:make_recurrent_decode",
         DECODES,
+        BFLOAT16,
         _has_no_scratch,
     ),
     _flashinfer(
@@ -101,6 +105,7 @@ TABLE = (
         "mtp_verify",
         "flashinfer_verify:make_mtp_verify",
         VERIFIES,
+        BFLOAT16,
         _has_no_scratch,
     ),
 )

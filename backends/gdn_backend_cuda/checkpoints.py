@@ -18,6 +18,8 @@ from gdn_backend_cuda.prefill_slots import EVERY, FILLED, Placed, first_row
 from gdn_portable.metadata import PrefillMetadata
 
 TOKENS = 16  # that a program gathers
+BEHIND = 64  # rows behind the last token that a chunk's products take, times zero
+BLOCKS = (EVERY + BEHIND) // TOKENS
 SEQUENCES = 128
 
 
@@ -41,17 +43,21 @@ def _left(
 def _gather(
     k, v, alpha, beta, left_k, left_v, left_alpha, left_beta, offsets, slots, cu_seqlens,
     state_indices, checkpoint_offsets, checkpoint_indices, N, cu_s, indices_s, offsets_s, rows_s,
-    HK: tl.constexpr, HVV: tl.constexpr, HV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    num_rows, HK: tl.constexpr, HVV: tl.constexpr, HV: tl.constexpr, WIDTH: tl.constexpr,
     HEADS: tl.constexpr, PAD: tl.constexpr, KEPT_PAD: tl.constexpr, EVERY: tl.constexpr,
-    TOKENS: tl.constexpr, SEQUENCES: tl.constexpr,
+    TOKENS: tl.constexpr, SEQUENCES: tl.constexpr, BLOCKS: tl.constexpr,
+    BEHIND: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0) % (EVERY // TOKENS)
-    n = tl.program_id(0) // (EVERY // TOKENS)
+    block = tl.program_id(0) % BLOCKS
+    n = tl.program_id(0) // BLOCKS
     checkpoint, count = _left(
         n, N, cu_seqlens, state_indices, checkpoint_offsets, checkpoint_indices, cu_s, indices_s,
         offsets_s, rows_s, PAD, KEPT_PAD, EVERY,
     )  # fmt: skip
-    if (block > 0) & (block * TOKENS >= count):
+    end = count
+    if n == N - 1:
+        end += BEHIND
+    if (block > 0) & (block * TOKENS >= end):
         return
     before = 0
     for first in range(0, n, SEQUENCES):
@@ -68,24 +74,24 @@ def _gather(
         if n == N - 1:
             tl.store(offsets + N, before + count)
     t = block * TOKENS + tl.arange(0, TOKENS)[:, None]
-    mask = t < count
+    live = t < count
+    room = (t < end) & (before + t < num_rows)
     source = (start + tl.maximum(checkpoint, 0) // EVERY * EVERY + t).to(tl.int64)
     target = (before + t).to(tl.int64)
-    for first in range(0, HK, BK):
-        i = first + tl.arange(0, BK)[None, :]
-        inside = mask & (i < HK)
-        tl.store(left_k + target * HK + i, tl.load(k + source * HK + i, mask=inside), mask=inside)
-    for first in range(0, HVV, BV):
-        i = first + tl.arange(0, BV)[None, :]
-        inside = mask & (i < HVV)
-        value = tl.load(v + source * HVV + i, mask=inside)
-        tl.store(left_v + target * HVV + i, value, mask=inside)
+    for first in range(0, HK, WIDTH):
+        i = first + tl.arange(0, WIDTH)[None, :]
+        value = tl.load(k + source * HK + i, mask=live & (i < HK), other=0.0)
+        tl.store(left_k + target * HK + i, value, mask=room & (i < HK))
+    for first in range(0, HVV, WIDTH):
+        i = first + tl.arange(0, WIDTH)[None, :]
+        value = tl.load(v + source * HVV + i, mask=live & (i < HVV), other=0.0)
+        tl.store(left_v + target * HVV + i, value, mask=room & (i < HVV))
     h = tl.arange(0, HEADS)[None, :]
-    inside = mask & (h < HV)
-    decay = tl.load(alpha + source * HV + h, mask=inside)
-    tl.store(left_alpha + target * HV + h, decay, mask=inside)
-    strength = tl.load(beta + source * HV + h, mask=inside)
-    tl.store(left_beta + target * HV + h, strength, mask=inside)
+    mask = live & (h < HV)
+    decay = tl.load(alpha + source * HV + h, mask=mask)
+    tl.store(left_alpha + target * HV + h, decay, mask=mask)
+    strength = tl.load(beta + source * HV + h, mask=mask)
+    tl.store(left_beta + target * HV + h, strength, mask=mask)
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
@@ -127,17 +133,15 @@ class Left(NamedTuple):
 def gather(
     k: Tensor,
     v: Tensor,
-    beta: Tensor,
     placed: Placed,
     metadata: PrefillMetadata,
     pads: tuple[int, int],
 ) -> Left:
-    """Return them. Rows behind the last are not written.
+    """Return them. A chunk of k and v behind the last is zeros.
 
     Args:
         k: [T, H, K] contiguous, as they were run.
         v: [T, HV, V] contiguous.
-        beta: [T, HV] contiguous.
         placed: the batch that was run.
         metadata: of that batch.
         pads: padding among slots, and among the rows that checkpoints go to.
@@ -149,13 +153,13 @@ def gather(
         return torch.empty((rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
 
     left = Left(
-        like(k), like(v), like(beta), like(beta), torch.empty_like(placed.cu_seqlens),
+        like(k), like(v), like(placed.beta), like(placed.beta), torch.empty_like(placed.cu_seqlens),
         torch.empty_like(placed.slots),
     )  # fmt: skip
-    _gather[(N * (EVERY // TOKENS),)](
-        k, v, placed.alpha, beta, *left, *_batch(metadata, N), H * K, HV * V, HV,
-        256, 256, triton.next_power_of_2(HV), *pads, EVERY, TOKENS, SEQUENCES, num_warps=4,
-        enable_fp_fusion=FP_FUSION,
+    _gather[(N * BLOCKS,)](
+        k, v, placed.alpha, placed.beta, *left, *_batch(metadata, N), rows, H * K, HV * V, HV,
+        256, triton.next_power_of_2(HV), *pads, EVERY, TOKENS, SEQUENCES, BLOCKS, BEHIND,
+        num_warps=4, enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return left
 

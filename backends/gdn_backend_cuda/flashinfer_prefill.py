@@ -7,6 +7,7 @@ import importlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from gdn_backend_triton.launch import refuse_gradients
@@ -23,9 +24,45 @@ from gdn_portable.spec import Device, GdnSpec
 _scratch_lock = threading.Lock()
 
 
+class Rule(Protocol):
+    """The recurrence on keys that are unit vectors, or meant as they are."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        state: Tensor,
+        *,
+        shrinkage: Tensor | None,
+        metadata: PrefillMetadata,
+        checkpoint_state: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Run it as :class:`ChunkPrefill` says.
+
+        Rows of padding are operands of products, times zero: k and v need finite numbers there.
+
+        Args:
+            q: [T, H, K] queries; scaled inside.
+            k: [T, H, K] keys.
+            v: [T, HV, V] values.
+            g: [T, HV] log decay.
+            beta: [T, HV] write strength.
+            state: [slots, HV, V, K] pool.
+            shrinkage: [2, H, T] by what rounding divided the squared norms of unit q and k.
+            metadata: the batch.
+            checkpoint_state: [rows, HV, V, K].
+            out: [T, HV, V].
+        """
+        ...
+
+
 def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -> ChunkPrefill:
     """Return the op: one kernel walks every sequence."""
-    return _make(spec, normalises=spec.qk_l2norm, use_cp=False)
+    return _op_of(make_rule(spec, use_cp=False), spec)
 
 
 def make_chunk_prefill_cp(spec: GdnSpec, device: Device, *, deterministic: bool) -> ChunkPrefill:
@@ -33,15 +70,44 @@ def make_chunk_prefill_cp(spec: GdnSpec, device: Device, *, deterministic: bool)
 
     Where they are cut depends on the batch, so ``deterministic`` cuts none.
     """
-    return _make(spec, normalises=spec.qk_l2norm, use_cp=not deterministic)
+    return _op_of(make_rule(spec, use_cp=not deterministic), spec)
 
 
-def make_rule(spec: GdnSpec, *, use_cp: bool) -> ChunkPrefill:
-    """Return the op for q and k that the front end of a step normalised."""
-    return _make(spec, normalises=False, use_cp=use_cp)
+def _op_of(rule: Rule, spec: GdnSpec) -> ChunkPrefill:
+    def chunk_prefill(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        state: Tensor,
+        *,
+        metadata: PrefillMetadata,
+        checkpoint_state: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        refuse_gradients(v)
+        shrinkage = None
+        if spec.qk_l2norm:
+            q, k, shrinkage = unit(q, k)
+        return rule(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            state,
+            shrinkage=shrinkage,
+            metadata=metadata,
+            checkpoint_state=checkpoint_state,
+            out=out,
+        )
+
+    return chunk_prefill
 
 
-def _make(spec: GdnSpec, *, normalises: bool, use_cp: bool) -> ChunkPrefill:
+def make_rule(spec: GdnSpec, *, use_cp: bool) -> Rule:
+    """Return the launches; ``use_cp`` cuts sequences into parts that run side by side."""
     launch = load(PREFILL)
     takes_length = "max_seqlen" in parameters(launch)
 
@@ -57,7 +123,7 @@ def _make(spec: GdnSpec, *, normalises: bool, use_cp: bool) -> ChunkPrefill:
                 **arguments,
             )
 
-    def chunk_prefill(
+    def rule(
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -65,27 +131,26 @@ def _make(spec: GdnSpec, *, normalises: bool, use_cp: bool) -> ChunkPrefill:
         beta: Tensor,
         state: Tensor,
         *,
+        shrinkage: Tensor | None,
         metadata: PrefillMetadata,
         checkpoint_state: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        refuse_gradients(v)
         T, N = len(v), len(metadata.cu_seqlens) - 1
         o = kernel_output(out, v, v.dtype)
         result = o if out is None else out
         if not N:
             return result.zero_()
-        placed = Placed(g, state, metadata, spec.pad_slot)
+        placed = Placed(g, beta, shrinkage, state, metadata, spec.pad_slot)
         if not T:
             return result
-        q, k = unit(q, k) if normalises else (packed(q), packed(k))
-        v, beta = packed(v), packed(beta)
+        k, v = packed(k), packed(v)
         run(
-            q=q,
+            q=packed(q),
             k=k,
             v=v,
             g=placed.alpha,
-            beta=beta,
+            beta=placed.beta,
             initial_state=state,
             output_state=state,
             cu_seqlens=placed.cu_seqlens,
@@ -99,7 +164,7 @@ def _make(spec: GdnSpec, *, normalises: bool, use_cp: bool) -> ChunkPrefill:
             kept, pads = state, (spec.pad_slot, spec.pad_slot)
             if checkpoint_state is not None:
                 kept, pads = checkpoint_state, (spec.pad_slot, -1)
-            left = gather(k, v, beta, placed, metadata, pads)
+            left = gather(k, v, placed, metadata, pads)
             run(
                 q=left.k,
                 k=left.k,
@@ -118,7 +183,7 @@ def _make(spec: GdnSpec, *, normalises: bool, use_cp: bool) -> ChunkPrefill:
         clear(o, result, metadata, spec.pad_slot)
         return result
 
-    return chunk_prefill
+    return rule
 
 
 def _checkpoints(placed: Placed) -> dict[str, object]:

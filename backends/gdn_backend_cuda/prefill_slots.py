@@ -11,11 +11,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from gdn_backend_triton.conv1d import shrunk
 from gdn_backend_triton.launch import FP_FUSION, STEP_SIZES, STEP_TENSORS, ceil_div
 from gdn_backend_triton.sequences import locate, num_programs
 from gdn_backend_triton.taps import strides
 from torch import Tensor
 
+from gdn_backend_cuda.slots import packed
 from gdn_portable.errors import InputError
 from gdn_portable.metadata import PrefillMetadata
 
@@ -35,7 +37,7 @@ def first_row(start, n, EVERY: tl.constexpr):
 
 @triton.jit(do_not_specialize=STEP_SIZES)
 def _unit(
-    q, k, out, num_rows, q_t, q_h, k_t, k_h, H: tl.constexpr, K: tl.constexpr,
+    q, k, out, shrinkage, num_rows, q_t, q_h, k_t, k_h, H: tl.constexpr, K: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -46,27 +48,40 @@ def _unit(
     query = tl.load(q + of // H * q_t + of % H * q_h + i, mask=inside & ~is_key, other=0.0)
     key = tl.load(k + of // H * k_t + of % H * k_h + i, mask=inside & is_key, other=0.0)
     value = query.to(tl.float32) + key.to(tl.float32)
-    value *= tl.rsqrt(tl.sum(value * value, 1) + 1e-6)[:, None]
-    tl.store(out + row * K + i, value.to(out.dtype.element_ty), mask=inside)
+    squares = tl.sum(value * value, 1)
+    factor = tl.rsqrt(squares + 1e-6)
+    value *= factor[:, None]
+    rounded = value.to(out.dtype.element_ty)
+    tl.store(out + row * K + i, rounded, mask=inside)
+    at = shrinkage + tl.where(is_key, num_rows, 0) + of % H * (num_rows // H) + of // H
+    tl.store(at, shrunk(squares * factor * factor, rounded)[:, None], mask=inside)
 
 
 @triton.jit(do_not_specialize=(*STEP_SIZES, "own"), do_not_specialize_on_alignment=STEP_TENSORS)
 def _place(
-    g, alpha, cu_seqlens, state_indices, out_state_indices, has_initial_state,
-    checkpoint_offsets, offsets, slots, starts, state, kept,
-    numel, N, own, g_t, g_h, cu_s, indices_s, out_indices_s, initial_s, checkpoints_s, state_s,
-    state_h: tl.constexpr, state_v: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, PAD: tl.constexpr, FILLS: tl.constexpr, EVERY: tl.constexpr,
-    GATES: tl.constexpr, SEQUENCES: tl.constexpr,
+    g, beta, shrinkage, alpha, strength, cu_seqlens, state_indices, out_state_indices,
+    has_initial_state, checkpoint_offsets, offsets, slots, starts, state, kept,
+    numel, N, own, g_t, g_h, b_t, b_h, cu_s, indices_s, out_indices_s, initial_s,
+    checkpoints_s, state_s, state_h: tl.constexpr, state_v: tl.constexpr, H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, PAD: tl.constexpr, FILLS: tl.constexpr,
+    EVERY: tl.constexpr, GATES: tl.constexpr, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     gates = (numel + GATES - 1) // GATES
     lists = (N + SEQUENCES) // SEQUENCES
     if program < gates:
         i = program * GATES + tl.arange(0, GATES)
-        at = g + (i // HV).to(tl.int64) * g_t + i % HV * g_h
-        decay = tl.load(at, mask=i < numel, other=0.0)
-        tl.store(alpha + i, tl.exp(decay), mask=i < numel)
+        t = (i // HV).to(tl.int64)
+        head = i % HV
+        mask = i < numel
+        decay = tl.load(g + t * g_t + head * g_h, mask=mask, other=0.0)
+        tl.store(alpha + i, tl.exp(decay), mask=mask)
+        if shrinkage is not None:
+            # a repeated token would miss its value by what a rounded key is no unit vector
+            at = shrinkage + (H + head // (HV // H)) * (numel // HV) + t
+            value = tl.load(beta + t * b_t + head * b_h, mask=mask, other=0.0)
+            tl.store(strength + i, value * tl.load(at, mask=mask, other=1.0), mask=mask)
         return
     program -= gates
     if program < lists:
@@ -148,17 +163,21 @@ def _clear(
         tl.store(at, value.to(out.dtype.element_ty), mask=inside)
 
 
-def unit(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Return q and k [T, H, K] normalised over K, rounded to their dtype and contiguous."""
+def unit(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q and k [T, H, K] normalised over K, rounded to their dtype and contiguous.
+
+    And by what rounding divided the squares of their norms, [2, H, T].
+    """
     T, H, K = q.shape
     if q.stride(2) != 1 or k.stride(2) != 1:
         q, k = q.contiguous(), k.contiguous()
     out = torch.empty((2, T, H, K), dtype=q.dtype, device=q.device)
+    shrinkage = torch.empty((2, H, T), dtype=torch.float32, device=q.device)
     _unit[(ceil_div(2 * T * H, UNITS),)](
-        q, k, out, T * H, *q.stride()[:2], *k.stride()[:2], H, K, UNITS, num_warps=4,
+        q, k, out, shrinkage, T * H, *q.stride()[:2], *k.stride()[:2], H, K, UNITS, num_warps=4,
         enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
-    return out[0], out[1]
+    return out[0], out[1], shrinkage
 
 
 class Placed:
@@ -166,6 +185,7 @@ class Placed:
 
     Attributes:
         alpha: [T, HV] linear decay.
+        beta: [T, HV] write strength.
         cu_seqlens: [N + 1] int32.
         slots: [N] int32 rows of the pool, or of ``own``, counted from the pool's first.
         own: memory for what may write no slot.
@@ -174,10 +194,27 @@ class Placed:
         starts: [N + 1] int32 rows of ``kept`` behind the sequences' initial states.
     """
 
-    __slots__ = ("alpha", "cu_seqlens", "kept", "own", "slots", "starts")
+    __slots__ = ("alpha", "beta", "cu_seqlens", "kept", "own", "slots", "starts")
 
-    def __init__(self, g: Tensor, state: Tensor, metadata: PrefillMetadata, pad: int) -> None:
-        """Make it, in one launch."""
+    def __init__(
+        self,
+        g: Tensor,
+        beta: Tensor,
+        shrinkage: Tensor | None,
+        state: Tensor,
+        metadata: PrefillMetadata,
+        pad: int,
+    ) -> None:
+        """Make it, in one launch.
+
+        Args:
+            g: [T, HV] log decay.
+            beta: [T, HV] write strength.
+            shrinkage: [2, H, T] as ``unit`` gives it, or None where keys are no unit vectors.
+            state: the pool.
+            metadata: the batch.
+            pad: an index at or below it is padding.
+        """
         (T, HV), N = g.shape, len(metadata.cu_seqlens) - 1
         V, K = state.shape[2:]
         targets, fresh = metadata.out_state_indices, metadata.has_initial_state
@@ -187,6 +224,7 @@ class Placed:
             return torch.empty(count, dtype=torch.int32, device=g.device)
 
         self.alpha = torch.empty((T, HV), dtype=torch.float32, device=g.device)
+        self.beta = packed(beta) if shrinkage is None else torch.empty_like(self.alpha)
         self.cu_seqlens, self.slots = integers(N + 1), integers(N)
         self.kept = self.starts = None
         if checkpoints is not None:
@@ -199,11 +237,13 @@ class Placed:
         if fills:
             programs += N * HV * (V // FILLED.value)
         _place[(programs,)](
-            g, self.alpha, metadata.cu_seqlens, metadata.state_indices, targets, fresh,
-            checkpoints, self.cu_seqlens, self.slots, self.starts, state, self.kept,
-            T * HV, N, first, *g.stride(), metadata.cu_seqlens.stride(0),
+            g, beta, shrinkage, self.alpha, self.beta, metadata.cu_seqlens,
+            metadata.state_indices, targets, fresh, checkpoints, self.cu_seqlens, self.slots,
+            self.starts, state, self.kept, T * HV, N, first, *g.stride(), *beta.stride(),
+            metadata.cu_seqlens.stride(0),
             metadata.state_indices.stride(0), *strides(targets, 1), *strides(fresh, 1),
-            *strides(checkpoints, 1), *state.stride()[:3], HV, K, V, pad, fills, EVERY, GATES,
+            *strides(checkpoints, 1), *state.stride()[:3],
+            HV if shrinkage is None else shrinkage.shape[1], HV, K, V, pad, fills, EVERY, GATES,
             SEQUENCES, num_warps=4, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
 

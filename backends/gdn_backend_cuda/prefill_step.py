@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from gdn_backend_triton.conv1d import make_front_end
 from gdn_backend_triton.gated_rms_norm import make_gated_rms_norm
 from torch import Tensor
 
-from gdn_backend_cuda.flashinfer_prefill import make_rule
+from gdn_backend_cuda.flashinfer_prefill import Rule, make_rule
 from gdn_portable.errors import InputError
-from gdn_portable.interface import ChunkPrefill, PrefillStep
+from gdn_portable.interface import PrefillStep
 from gdn_portable.metadata import GdnParams, PrefillMetadata
 from gdn_portable.spec import Device, GdnSpec
 from gdn_portable.state import StatePool
@@ -20,27 +21,18 @@ from gdn_portable.state import StatePool
 def make_prefill_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> PrefillStep:
     """Return the step on FlashInfer's kernel without context parallelism."""
     rule = make_rule(spec, use_cp=False)
-    return prefill_step_of(rule, spec, device, deterministic=deterministic)
+    return _step_of(rule, spec, device, deterministic=deterministic)
 
 
 def make_prefill_step_cp(spec: GdnSpec, device: Device, *, deterministic: bool) -> PrefillStep:
     """Return the step on FlashInfer's kernel that cuts sequences, unless ``deterministic``."""
     rule = make_rule(spec, use_cp=not deterministic)
-    return prefill_step_of(rule, spec, device, deterministic=deterministic)
+    return _step_of(rule, spec, device, deterministic=deterministic)
 
 
-def prefill_step_of(
-    chunk_prefill: ChunkPrefill, spec: GdnSpec, device: Device, *, deterministic: bool
-) -> PrefillStep:
-    """Return the step: front end, chunks, norm and gate.
-
-    Args:
-        chunk_prefill: takes q and k that are normalised, and scales q.
-        spec: the layer.
-        device: where.
-        deterministic: as ``bind`` takes it.
-    """
-    # a chunk's products take rows behind a sequence's end, times zero
+def _step_of(rule: Rule, spec: GdnSpec, device: Device, *, deterministic: bool) -> PrefillStep:
+    """Return the step: front end with the norms of q and k, chunks, norm and gate."""
+    H = spec.num_k_heads
     front_end = make_front_end(replace(spec, scale=1.0), device, clears=True)
     gated_rms_norm = make_gated_rms_norm(spec, device, deterministic=deterministic)
 
@@ -59,6 +51,10 @@ def prefill_step_of(
         weight, conv_state, state = params.norm_weight, pool.conv_state, pool.state
         if conv_state is None or state is None or (gate is not None and weight is None):
             raise InputError("needs both pools, and params.norm_weight where gate is given")
+        shrinkage = None
+        if spec.qk_l2norm:
+            shape = (2, H, len(mixed_qkv))
+            shrinkage = torch.empty(shape, dtype=torch.float32, device=mixed_qkv.device)
         # rows of checkpoint_state are no slots: no window is kept beside them
         q, k, v, g, beta = front_end(
             mixed_qkv,
@@ -68,14 +64,16 @@ def prefill_step_of(
             conv_state,
             metadata=metadata,
             keeps_checkpoints=checkpoint_state is None,
+            shrinkage=shrinkage,
         )
-        o = chunk_prefill(
+        o = rule(
             q,
             k,
             v,
             g,
             beta,
             state,
+            shrinkage=shrinkage,
             metadata=metadata,
             checkpoint_state=checkpoint_state,
             out=out,
