@@ -38,10 +38,17 @@ def measured(kernels: Sequence[Kernel], shipped: Path | None = None) -> tuple[Ke
 
 
 class Choice(NamedTuple):
-    """The able kernels that have times, in the order of their table, and the times."""
+    """The able kernels that are the fastest of some batch, in the order of their table."""
 
     kernels: tuple[Kernel, ...]
     found: Found
+
+    def fastest(self, spec: GdnSpec) -> Fastest:
+        """Return which is the fastest, for a layer that may not be the one that was timed."""
+        names = [kernel.name for kernel in self.kernels]
+        return Fastest.of(
+            self.found.times, names, share=spec.num_v_heads / self.found.layer.num_v_heads
+        )
 
 
 def _choosing(op: Op, ladder: Sequence[Kernel], shipped: Path | None) -> Kernel:
@@ -57,7 +64,9 @@ def _choosing(op: Op, ladder: Sequence[Kernel], shipped: Path | None) -> Kernel:
             where = f"{device.name or device.kind} ({device.arch})"
             return f"no times of {' and '.join(names)} on {where}: tune measures them"
         timed = {name for cell in found.times.values() for name in cell}
-        return Choice(tuple(kernel for kernel in able if kernel.name in timed), found)
+        all_timed = Choice(tuple(kernel for kernel in able if kernel.name in timed), found)
+        fastest = {place for _, choices in all_timed.fastest(spec).rows for place in choices}
+        return Choice(tuple(all_timed.kernels[place] for place in sorted(fastest)), found)
 
     def refuse(spec: GdnSpec, device: Device) -> str | None:
         choice = look(spec, device)
@@ -67,7 +76,7 @@ def _choosing(op: Op, ladder: Sequence[Kernel], shipped: Path | None) -> Kernel:
         choice = look(spec, device)
         assert isinstance(choice, Choice)  # asked of an able kernel alone
         names = tuple(kernel.name for kernel in choice.kernels)
-        fastest = Fastest.of(choice.found.times, names)
+        fastest = choice.fastest(spec)
         source = choice.found.source(spec, device)
         return Among(names, source, lambda n, tokens: names[fastest.pick(n, tokens)])
 
@@ -75,8 +84,7 @@ def _choosing(op: Op, ladder: Sequence[Kernel], shipped: Path | None) -> Kernel:
         choice = look(spec, device)
         assert isinstance(choice, Choice)
         launchers = [k.load(spec, device, deterministic=deterministic) for k in choice.kernels]
-        names = [kernel.name for kernel in choice.kernels]
-        return launch_fastest(launchers, Fastest.of(choice.found.times, names), ROWS[op])
+        return launch_fastest(launchers, choice.fastest(spec), ROWS[op])
 
     return _entry(op, make, refuse, among)
 
@@ -169,20 +177,23 @@ class Fastest(NamedTuple):
     rows: tuple[tuple[tuple[float, ...], tuple[int, ...]], ...]
 
     @classmethod
-    def of(cls, times: Times, kernels: Sequence[str]) -> Fastest:
+    def of(cls, times: Times, kernels: Sequence[str], *, share: float = 1.0) -> Fastest:
         """Find the boundaries: between measured sequences their geometric mean decides.
 
         Args:
             times: of every kernel in every cell.
             kernels: their names; a choice is a place in it.
+            share: value heads for each that was there when the times were measured. A batch is
+                looked up as one whose sequences are as long and have as many heads in all.
         """
         counts = sorted({cell.sequences for cell in times})
         rows = []
         for count in counts:
             cells = sorted(cell for cell in times if cell.sequences == count)
             at = {c.tokens: [times[c][name] or NEVER for name in kernels] for c in cells}
-            rows.append(_row(at))
-        between = tuple(math.sqrt(a * b) for a, b in zip(counts, counts[1:], strict=False))
+            limits, choices = _row(at)
+            rows.append((tuple(limit / share for limit in limits), choices))
+        between = tuple(math.sqrt(a * b) / share for a, b in zip(counts, counts[1:], strict=False))
         return cls(between, tuple(rows))
 
     def pick(self, sequences: float, tokens: int) -> int:
@@ -191,7 +202,7 @@ class Fastest(NamedTuple):
         return choices[bisect_right(limits, tokens)]
 
 
-def _row(at: dict[int, list[float]]) -> tuple[tuple[float, ...], tuple[int, ...]]:
+def _row(at: dict[int, list[float]]) -> tuple[list[float], tuple[int, ...]]:
     """Return the tokens at which the fastest kernel changes, and the fastest between them."""
     limits, choices, before = list[float](), list[int](), 0
     for tokens, taken in at.items():
@@ -201,7 +212,7 @@ def _row(at: dict[int, list[float]]) -> tuple[tuple[float, ...], tuple[int, ...]
         if not choices or best != choices[-1]:
             choices.append(best)
         before = tokens
-    return tuple(limits), tuple(choices)
+    return limits, tuple(choices)
 
 
 def _crossing(low: int, high: int, a: int, b: int, at: dict[int, list[float]]) -> float:

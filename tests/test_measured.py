@@ -97,6 +97,29 @@ def test_the_choice_changes_where_times_cross_and_rows_meet(
     assert ["a", "b"][picked] == fastest
 
 
+def test_with_other_heads_as_many_in_all_are_looked_up() -> None:
+    times = _times((1, 1000, 10, 20), (1, 4000, 40, 20), (4, 1000, 9, 5), (4, 4000, 3, 20))
+    there, half = Fastest.of(times, ["a", "b"]), Fastest.of(times, ["a", "b"], share=0.5)
+
+    batches = [(n, tokens) for n in (1, 1.9, 2.1, 4) for tokens in (500, 1990, 2010, 9000)]
+    assert [half.pick(2 * n, 2 * tokens) for n, tokens in batches] == [
+        there.pick(n, tokens) for n, tokens in batches
+    ]
+
+
+def test_times_of_other_heads_serve_a_layer_in_its_own_measure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    keep(tmp_path)
+    twice = replace(SPEC, num_k_heads=4, num_v_heads=8)
+
+    ops = bind(twice, H200, backend=_fake(monkeypatch, tmp_path))
+
+    # four sequences of 8 heads are the eight of 4 heads that b wins, two are the row between
+    assert _serves(ops, _batch([1024] * 4), 4096) == "b"
+    assert _serves(ops, _batch([8192]), 8192) == "a"
+
+
 def test_a_kernel_that_failed_in_a_cell_is_chosen_up_to_there() -> None:
     fastest = Fastest.of(_times((1, 1000, 1, 5), (1, 2000, None, 9), (1, 4000, 7, 8)), ["a", "b"])
 
@@ -240,6 +263,28 @@ def test_without_times_the_first_able_kernel_of_the_table_serves_and_the_reason_
     assert not choice.chosen and reason in choice.reasons[0]
     assert bind(SPEC, device, backend=name).kernels[Op.CHUNK_PREFILL] == "a.chunk_prefill"
     assert bind(SPEC, device, backend=name).kernels[Op.PLAN_PREFILL] == "reference.plan_prefill"
+
+
+def test_a_kernel_that_is_never_the_fastest_is_not_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    keep(tmp_path, by_cell={cell: {**times, "c": 30.0} for cell, times in BY_CELL.items()})
+    slow = named(Op.CHUNK_PREFILL, "c", target="library_not_here:chunk_prefill")
+
+    ops = bind(SPEC, H200, backend=_fake(monkeypatch, tmp_path, slow, A, B))
+
+    assert ops.kernels[Op.CHUNK_PREFILL].endswith(": a.chunk_prefill | b.chunk_prefill")
+
+
+def test_a_kernel_that_is_always_the_fastest_serves_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    keep(tmp_path, by_cell={cell: {"a": 9.0, "b": 1.0} for cell in BY_CELL})
+
+    ops = bind(SPEC, H200, backend=_fake(monkeypatch, tmp_path))
+
+    assert ops.kernels[Op.CHUNK_PREFILL] == "measured.chunk_prefill: b.chunk_prefill"
+    assert _serves(ops, _batch([8192]), 8192) == "b"
 
 
 def test_a_kernel_without_times_is_not_chosen_and_the_others_are(
