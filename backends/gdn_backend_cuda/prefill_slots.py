@@ -262,9 +262,13 @@ def _rows_beside(state: Tensor, count: int) -> tuple[Tensor, int]:
 
     An index is a distance in slots, so a row has to lie a whole number of them from the pool.
     """
+    inner = zip(state.shape[1:], state.stride()[1:], strict=True)
+    span = sum((size - 1) * stride for size, stride in inner) + 1
     pitch = state.stride(0) * state.element_size()
+    if span > state.stride(0):
+        raise InputError(f"slots lie {state.stride(0)} numbers apart, needs at least {span}")
     memory = torch.empty((count + 1) * pitch, dtype=torch.uint8, device=state.device)
     first = -((state.data_ptr() - memory.data_ptr()) // pitch)
     if not -(2**31) <= first < 2**31 - count:
-        raise InputError(f"slots of {pitch} bytes lie {first} slots from new memory, needs 2 ** 31")
+        raise InputError(f"new memory is {first} slots from the pool, needs fewer than 2 ** 31")
     return memory, first
