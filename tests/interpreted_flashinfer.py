@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from gdn_portable import (
     Device,
     GdnOps,
     GdnSpec,
+    InputError,
     Op,
     PrefillMetadata,
     SnapshotDrafts,
@@ -49,20 +50,22 @@ RULES = {
     Op.CHUNK_PREFILL: "flashinfer_prefill:make_chunk_prefill",
     Op.RECURRENT_DECODE: "flashinfer_decode:make_recurrent_decode",
 }
+RATIO_3 = replace(SPEC, dtype=torch.float16, num_v_heads=3)
 CASES = {
     f"{name}: {case.name}": case
     for name, spec in SPECS.items()
     for case in cases(spec)
     if case.op in RULES
+} | {
+    f"float16, ratio 3: {case.name}": case for case in cases(RATIO_3) if case.op is Op.CHUNK_PREFILL
 }
 
 
 @pytest.fixture(autouse=True)
-def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Install the double; it must have been called by the end."""
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Install the double and return what is called of it."""
     flashinfer_double.install(monkeypatch)
-    yield
-    assert flashinfer_double.CALLS
+    return flashinfer_double.CALLS
 
 
 def _with(spec: GdnSpec, **launchers: Callable[..., Any]) -> GdnOps:
@@ -76,10 +79,12 @@ def _adapter(spec: GdnSpec, target: str) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_an_adapter_passes_the_case(case: Case) -> None:
+def test_an_adapter_passes_the_case(case: Case, calls: list[str]) -> None:
     launch = _adapter(case.spec, RULES[case.op])
 
     case.check(_with(case.spec, **{case.op.value: launch}))
+
+    assert calls
 
 
 def _states(spec: GdnSpec) -> Tensor:
@@ -92,7 +97,9 @@ def _states(spec: GdnSpec) -> Tensor:
     ("name", "protocol"),
     [("float32 state", "snapshot"), *((name, "slot table") for name in SPECS)],
 )
-def test_chains_of_the_same_length_are_verified_by_flashinfer(name: str, protocol: str) -> None:
+def test_chains_of_the_same_length_are_verified_by_flashinfer(
+    name: str, protocol: str, calls: list[str]
+) -> None:
     spec, B, P = SPECS[name], 3, 4
     rng, verify = generator(), _adapter(spec, "flashinfer_verify:make_mtp_verify")
     rows = (*qkv(spec, rng, B * P), *ab(spec, rng, B * P), *decays(spec, rng))
@@ -109,6 +116,7 @@ def test_chains_of_the_same_length_are_verified_by_flashinfer(name: str, protoco
         kept = [] if drafts is None or drafts.state is None else [drafts.state]
         results.append([o, state[:SLOTS], *kept])
 
+    assert len(calls) == 1
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
 
@@ -138,6 +146,29 @@ def test_a_checkpoint_may_lie_far_behind_the_states_that_are_kept(
     prefill(*rows, got, metadata=metadata)
 
     torch.testing.assert_close(got[:SLOTS], expected[:SLOTS], rtol=2e-2, atol=2e-2)
+
+
+def test_keys_that_are_no_unit_vectors_stay_as_they_are() -> None:
+    spec, rng = replace(SPEC, qk_l2norm=False), generator()
+    rows = (*(0.2 * x for x in qkv(spec, rng, 70)), *g_beta(spec, rng, 70))
+    metadata = PrefillMetadata(torch.tensor([0, 70]), torch.tensor([3]))
+    expected, got = _states(spec), _states(spec)
+
+    want = bind(spec, "cpu").chunk_prefill(*rows, expected, metadata=metadata)
+    o = _adapter(spec, RULES[Op.CHUNK_PREFILL])(*rows, got, metadata=metadata)
+
+    torch.testing.assert_close(o, want, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_a_pool_whose_slots_interleave_is_refused() -> None:
+    rng, prefill = generator(), _adapter(SPEC, RULES[Op.CHUNK_PREFILL])
+    rows = (*qkv(SPEC, rng, 3), *g_beta(SPEC, rng, 3))
+    metadata = PrefillMetadata(torch.tensor([0, 3]), torch.tensor([1]))
+    interleaved = torch.zeros(2, SLOTS, 32, 32).transpose(0, 1)
+
+    with pytest.raises(InputError, match="slots lie 1024 numbers apart, needs at least"):
+        prefill(*rows, interleaved, metadata=metadata)
 
 
 def test_a_large_gate_is_no_nan() -> None:

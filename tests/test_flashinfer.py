@@ -35,7 +35,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_adapters_keep_the_contract_on_a_double() -> None:
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+        pytest.skip(f"Triton is {triton.__version__}: 3.9 is the first whose interpreter can")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 

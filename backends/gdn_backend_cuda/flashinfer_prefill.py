@@ -25,7 +25,7 @@ _scratch_lock = threading.Lock()
 
 
 class Rule(Protocol):
-    """The recurrence on keys that are unit vectors, or meant as they are."""
+    """The recurrence on q and k that were normalised, where they have to be."""
 
     def __call__(
         self,
@@ -36,7 +36,6 @@ class Rule(Protocol):
         beta: Tensor,
         state: Tensor,
         *,
-        shrinkage: Tensor | None,
         metadata: PrefillMetadata,
         checkpoint_state: Tensor | None = None,
         out: Tensor | None = None,
@@ -52,7 +51,6 @@ class Rule(Protocol):
             g: [T, HV] log decay.
             beta: [T, HV] write strength.
             state: [slots, HV, V, K] pool.
-            shrinkage: [2, H, T] by what rounding divided the squared norms of unit q and k.
             metadata: the batch.
             checkpoint_state: [rows, HV, V, K].
             out: [T, HV, V].
@@ -87,9 +85,8 @@ def _op_of(rule: Rule, spec: GdnSpec) -> ChunkPrefill:
         out: Tensor | None = None,
     ) -> Tensor:
         refuse_gradients(v)
-        shrinkage = None
         if spec.qk_l2norm:
-            q, k, shrinkage = unit(q, k)
+            q, k = unit(q, k)
         return rule(
             q,
             k,
@@ -97,7 +94,6 @@ def _op_of(rule: Rule, spec: GdnSpec) -> ChunkPrefill:
             g,
             beta,
             state,
-            shrinkage=shrinkage,
             metadata=metadata,
             checkpoint_state=checkpoint_state,
             out=out,
@@ -131,7 +127,6 @@ def make_rule(spec: GdnSpec, *, use_cp: bool) -> Rule:
         beta: Tensor,
         state: Tensor,
         *,
-        shrinkage: Tensor | None,
         metadata: PrefillMetadata,
         checkpoint_state: Tensor | None = None,
         out: Tensor | None = None,
@@ -141,10 +136,11 @@ def make_rule(spec: GdnSpec, *, use_cp: bool) -> Rule:
         result = o if out is None else out
         if not N:
             return result.zero_()
-        placed = Placed(g, beta, shrinkage, state, metadata, spec.pad_slot)
+        k, v = packed(k), packed(v)
+        keys = k if spec.qk_l2norm else None
+        placed = Placed(g, beta, keys, state, metadata, spec.pad_slot)
         if not T:
             return result
-        k, v = packed(k), packed(v)
         run(
             q=packed(q),
             k=k,

@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from gdn_backend_triton.conv1d import shrunk
-from gdn_backend_triton.launch import FP_FUSION, STEP_SIZES, STEP_TENSORS, ceil_div
+from gdn_backend_triton.launch import FP_FUSION, STEP_SIZES, STEP_TENSORS, ceil_div, power_of_two
 from gdn_backend_triton.sequences import locate, num_programs
 from gdn_backend_triton.taps import strides
 from torch import Tensor
@@ -21,7 +20,9 @@ from gdn_backend_cuda.slots import packed
 from gdn_portable.errors import InputError
 from gdn_portable.metadata import PrefillMetadata
 
-GATES = 1024  # numbers that a program turns into linear decay
+GATES = 1024  # that a program turns
+GATES_OF_KEYS = 32  # heads of K whose gates a program turns where it reads the keys
+MOST_ROUNDED = tl.constexpr(2.0**-8)  # of the square of a unit vector's norm
 SEQUENCES = 128  # that a program places
 FILLED = tl.constexpr(32)  # rows of V that a program fills
 ROWS = 64  # tokens that a program clears
@@ -37,7 +38,7 @@ def first_row(start, n, EVERY: tl.constexpr):
 
 @triton.jit(do_not_specialize=STEP_SIZES)
 def _unit(
-    q, k, out, shrinkage, num_rows, q_t, q_h, k_t, k_h, H: tl.constexpr, K: tl.constexpr,
+    q, k, out, num_rows, q_t, q_h, k_t, k_h, H: tl.constexpr, K: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -48,40 +49,40 @@ def _unit(
     query = tl.load(q + of // H * q_t + of % H * q_h + i, mask=inside & ~is_key, other=0.0)
     key = tl.load(k + of // H * k_t + of % H * k_h + i, mask=inside & is_key, other=0.0)
     value = query.to(tl.float32) + key.to(tl.float32)
-    squares = tl.sum(value * value, 1)
-    factor = tl.rsqrt(squares + 1e-6)
-    value *= factor[:, None]
-    rounded = value.to(out.dtype.element_ty)
-    tl.store(out + row * K + i, rounded, mask=inside)
-    at = shrinkage + tl.where(is_key, num_rows, 0) + of % H * (num_rows // H) + of // H
-    tl.store(at, shrunk(squares * factor * factor, rounded)[:, None], mask=inside)
+    value *= tl.rsqrt(tl.sum(value * value, 1) + 1e-6)[:, None]
+    tl.store(out + row * K + i, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=(*STEP_SIZES, "own"), do_not_specialize_on_alignment=STEP_TENSORS)
 def _place(
-    g, beta, shrinkage, alpha, strength, cu_seqlens, state_indices, out_state_indices,
+    g, beta, keys, alpha, strength, cu_seqlens, state_indices, out_state_indices,
     has_initial_state, checkpoint_offsets, offsets, slots, starts, state, kept,
-    numel, N, own, g_t, g_h, b_t, b_h, cu_s, indices_s, out_indices_s, initial_s,
+    num_rows, N, own, g_t, g_h, b_t, b_h, cu_s, indices_s, out_indices_s, initial_s,
     checkpoints_s, state_s, state_h: tl.constexpr, state_v: tl.constexpr, H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, PAD: tl.constexpr, FILLS: tl.constexpr,
-    EVERY: tl.constexpr, GATES: tl.constexpr, SEQUENCES: tl.constexpr,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PAD: tl.constexpr, FILLS: tl.constexpr,
+    EVERY: tl.constexpr, GATES: tl.constexpr, HEADS: tl.constexpr, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    gates = (numel + GATES - 1) // GATES
+    gates = (num_rows + GATES - 1) // GATES
     lists = (N + SEQUENCES) // SEQUENCES
     if program < gates:
-        i = program * GATES + tl.arange(0, GATES)
-        t = (i // HV).to(tl.int64)
-        head = i % HV
-        mask = i < numel
+        RATIO: tl.constexpr = HV // H
+        row = program * GATES + tl.arange(0, GATES)
+        t = (row // H).to(tl.int64)[:, None]
+        i = tl.arange(0, HEADS)[None, :]
+        head = (row % H)[:, None] * RATIO + i
+        mask = (row < num_rows)[:, None] & (i < RATIO)
         decay = tl.load(g + t * g_t + head * g_h, mask=mask, other=0.0)
-        tl.store(alpha + i, tl.exp(decay), mask=mask)
-        if shrinkage is not None:
-            # a repeated token would miss its value by what a rounded key is no unit vector
-            at = shrinkage + (H + head // (HV // H)) * (numel // HV) + t
+        tl.store(alpha + t * HV + head, tl.exp(decay), mask=mask)
+        if keys is not None:
+            at = keys + row.to(tl.int64)[:, None] * K + tl.arange(0, K)[None, :]
+            key = tl.load(at, mask=(row < num_rows)[:, None], other=0.0).to(tl.float32)
+            squares = tl.sum(key * key, 1)
+            # farther from 1 is no rounding: a key near zero
+            is_rounded = tl.abs(squares - 1.0) < MOST_ROUNDED
+            by = tl.where(is_rounded, 1.0 / tl.where(is_rounded, squares, 1.0), 1.0)
             value = tl.load(beta + t * b_t + head * b_h, mask=mask, other=0.0)
-            tl.store(strength + i, value * tl.load(at, mask=mask, other=1.0), mask=mask)
+            tl.store(strength + t * HV + head, value * by[:, None], mask=mask)
         return
     program -= gates
     if program < lists:
@@ -163,21 +164,17 @@ def _clear(
         tl.store(at, value.to(out.dtype.element_ty), mask=inside)
 
 
-def unit(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q and k [T, H, K] normalised over K, rounded to their dtype and contiguous.
-
-    And by what rounding divided the squares of their norms, [2, H, T].
-    """
+def unit(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Return q and k [T, H, K] normalised over K, rounded to their dtype and contiguous."""
     T, H, K = q.shape
     if q.stride(2) != 1 or k.stride(2) != 1:
         q, k = q.contiguous(), k.contiguous()
     out = torch.empty((2, T, H, K), dtype=q.dtype, device=q.device)
-    shrinkage = torch.empty((2, H, T), dtype=torch.float32, device=q.device)
     _unit[(ceil_div(2 * T * H, UNITS),)](
-        q, k, out, shrinkage, T * H, *q.stride()[:2], *k.stride()[:2], H, K, UNITS, num_warps=4,
+        q, k, out, T * H, *q.stride()[:2], *k.stride()[:2], H, K, UNITS, num_warps=4,
         enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
-    return out[0], out[1], shrinkage
+    return out[0], out[1]
 
 
 class Placed:
@@ -200,7 +197,7 @@ class Placed:
         self,
         g: Tensor,
         beta: Tensor,
-        shrinkage: Tensor | None,
+        keys: Tensor | None,
         state: Tensor,
         metadata: PrefillMetadata,
         pad: int,
@@ -210,13 +207,16 @@ class Placed:
         Args:
             g: [T, HV] log decay.
             beta: [T, HV] write strength.
-            shrinkage: [2, H, T] as ``unit`` gives it, or None where keys are no unit vectors.
+            keys: [T, H, K] unit vectors that were rounded, or None where keys are as meant.
             state: the pool.
             metadata: the batch.
             pad: an index at or below it is padding.
         """
         (T, HV), N = g.shape, len(metadata.cu_seqlens) - 1
         V, K = state.shape[2:]
+        H, gates = HV, GATES
+        if keys is not None:
+            H, gates = keys.shape[1], GATES_OF_KEYS
         targets, fresh = metadata.out_state_indices, metadata.has_initial_state
         checkpoints = metadata.checkpoint_offsets
 
@@ -224,7 +224,7 @@ class Placed:
             return torch.empty(count, dtype=torch.int32, device=g.device)
 
         self.alpha = torch.empty((T, HV), dtype=torch.float32, device=g.device)
-        self.beta = packed(beta) if shrinkage is None else torch.empty_like(self.alpha)
+        self.beta = packed(beta) if keys is None else torch.empty_like(self.alpha)
         self.cu_seqlens, self.slots = integers(N + 1), integers(N)
         self.kept = self.starts = None
         if checkpoints is not None:
@@ -233,17 +233,16 @@ class Placed:
             self.starts = integers(N + 1)
         self.own, first = _rows_beside(state, 1 if targets is None else N)
         fills = targets is not None or fresh is not None or checkpoints is not None
-        programs = ceil_div(T * HV, GATES) + ceil_div(N + 1, SEQUENCES)
+        programs = ceil_div(T * H, gates) + ceil_div(N + 1, SEQUENCES)
         if fills:
             programs += N * HV * (V // FILLED.value)
         _place[(programs,)](
-            g, beta, shrinkage, self.alpha, self.beta, metadata.cu_seqlens,
-            metadata.state_indices, targets, fresh, checkpoints, self.cu_seqlens, self.slots,
-            self.starts, state, self.kept, T * HV, N, first, *g.stride(), *beta.stride(),
-            metadata.cu_seqlens.stride(0),
-            metadata.state_indices.stride(0), *strides(targets, 1), *strides(fresh, 1),
-            *strides(checkpoints, 1), *state.stride()[:3],
-            HV if shrinkage is None else shrinkage.shape[1], HV, K, V, pad, fills, EVERY, GATES,
+            g, beta, keys, self.alpha, self.beta, metadata.cu_seqlens, metadata.state_indices,
+            targets, fresh, checkpoints, self.cu_seqlens, self.slots, self.starts, state,
+            self.kept, T * H, N, first, *g.stride(), *beta.stride(),
+            metadata.cu_seqlens.stride(0), metadata.state_indices.stride(0),
+            *strides(targets, 1), *strides(fresh, 1), *strides(checkpoints, 1),
+            *state.stride()[:3], H, HV, K, V, pad, fills, EVERY, gates, power_of_two(HV // H),
             SEQUENCES, num_warps=4, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
 
@@ -263,9 +262,13 @@ def _rows_beside(state: Tensor, count: int) -> tuple[Tensor, int]:
 
     An index is a distance in slots, so a row has to lie a whole number of them from the pool.
     """
+    inner = zip(state.shape[1:], state.stride()[1:], strict=True)
+    span = sum((size - 1) * stride for size, stride in inner) + 1
     pitch = state.stride(0) * state.element_size()
+    if span > state.stride(0):
+        raise InputError(f"slots lie {state.stride(0)} numbers apart, needs at least {span}")
     memory = torch.empty((count + 1) * pitch, dtype=torch.uint8, device=state.device)
     first = -((state.data_ptr() - memory.data_ptr()) // pitch)
     if not -(2**31) <= first < 2**31 - count:
-        raise InputError(f"slots of {pitch} bytes lie {first} slots from new memory, needs 2 ** 31")
+        raise InputError(f"new memory is {first} slots from the pool, needs fewer than 2 ** 31")
     return memory, first

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from gdn_backend_triton.conv1d import make_front_end
 from gdn_backend_triton.gated_rms_norm import make_gated_rms_norm
 from torch import Tensor
@@ -32,7 +31,6 @@ def make_prefill_step_cp(spec: GdnSpec, device: Device, *, deterministic: bool) 
 
 def _step_of(rule: Rule, spec: GdnSpec, device: Device, *, deterministic: bool) -> PrefillStep:
     """Return the step: front end with the norms of q and k, chunks, norm and gate."""
-    H = spec.num_k_heads
     front_end = make_front_end(replace(spec, scale=1.0), device, clears=True)
     gated_rms_norm = make_gated_rms_norm(spec, device, deterministic=deterministic)
 
@@ -51,10 +49,6 @@ def _step_of(rule: Rule, spec: GdnSpec, device: Device, *, deterministic: bool) 
         weight, conv_state, state = params.norm_weight, pool.conv_state, pool.state
         if conv_state is None or state is None or (gate is not None and weight is None):
             raise InputError("needs both pools, and params.norm_weight where gate is given")
-        shrinkage = None
-        if spec.qk_l2norm:
-            shape = (2, H, len(mixed_qkv))
-            shrinkage = torch.empty(shape, dtype=torch.float32, device=mixed_qkv.device)
         # rows of checkpoint_state are no slots: no window is kept beside them
         q, k, v, g, beta = front_end(
             mixed_qkv,
@@ -64,7 +58,6 @@ def _step_of(rule: Rule, spec: GdnSpec, device: Device, *, deterministic: bool) 
             conv_state,
             metadata=metadata,
             keeps_checkpoints=checkpoint_state is None,
-            shrinkage=shrinkage,
         )
         o = rule(
             q,
@@ -73,7 +66,6 @@ def _step_of(rule: Rule, spec: GdnSpec, device: Device, *, deterministic: bool) 
             g,
             beta,
             state,
-            shrinkage=shrinkage,
             metadata=metadata,
             checkpoint_state=checkpoint_state,
             out=out,

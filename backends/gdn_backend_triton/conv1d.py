@@ -154,36 +154,18 @@ def _turn_window(
 
 
 @triton.jit
-def shrunk(squares, rounded):
-    """Return by what ``squares``, of the rows' norms, were divided when the rows were rounded."""
-    rounded = rounded.to(tl.float32)
-    left = tl.sum(rounded * rounded, 1)
-    return tl.where(left > 0.0, squares / left, 1.0)
-
-
-@triton.jit
 def _store_rows(
-    rows, out, shrinkage, out_t, out_d, left, mask, row, channel, weight, bias, scale,
-    W: tl.constexpr, RUN: tl.constexpr, SILU: tl.constexpr, NORMALISE: tl.constexpr,
+    rows, out, out_t, out_d, left, mask, row, channel, weight, bias, scale, W: tl.constexpr,
+    RUN: tl.constexpr, SILU: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
-    """Convolve the runs and store what comes out times ``scale``, normalised where asked for.
-
-    Where there is ``shrinkage`` it gets by what rounding divided the square of a row's norm.
-    """
+    """Convolve the runs and store what comes out times ``scale``, normalised where asked for."""
     for i in tl.static_range(RUN):
         y = convolve(rows, i, weight, bias, W, SILU)
         if NORMALISE:
-            squares = tl.sum(y * y, 1)
-            factor = tl.rsqrt(squares + 1e-6) * scale
-            y *= factor[:, None]
-        else:
-            y *= scale
+            y *= tl.rsqrt(tl.sum(y * y, 1) + 1e-6)[:, None]
+        y *= scale
         target = out + (row + i) * out_t + channel * out_d
-        value = y.to(out.dtype.element_ty)
-        tl.store(target, value, mask=(row + i < left) & mask)
-        if shrinkage is not None:
-            by = shrunk(squares * factor * factor, value)
-            tl.store(shrinkage + row + i, by[:, None], mask=row + i < left)
+        tl.store(target, y.to(out.dtype.element_ty), mask=(row + i < left) & mask)
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
@@ -228,8 +210,8 @@ def _conv1d_prefill(
             initial_n, offsets_n, checkpoints_n, W, PAD,
         )  # fmt: skip
     _store_rows(
-        rows, out, None, out_t, out_d, end - first, within, row, channel, columns, offset, 1.0, W,
-        RUN, SILU, False,
+        rows, out, out_t, out_d, end - first, within, row, channel, columns, offset, 1.0, W, RUN,
+        SILU, False,
     )  # fmt: skip
 
 
@@ -296,11 +278,10 @@ def _store_gates(
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _front_end(
-    x, a, b, weight, bias, A_log, dt_bias, conv_state, qk, v, g, beta, shrinkage, cu_seqlens,
-    state_indices, out_state_indices, has_initial_state, checkpoint_offsets, checkpoint_indices,
-    N, T, x_t, x_d, a_t, a_h, b_t, b_h, weight_d, weight_w, bias_d, A_log_h, dt_bias_h,
-    state_s, state_d, state_l, cu_n, indices_n, out_indices_n, initial_n, offsets_n,
-    checkpoints_n, SCALE: tl.constexpr,
+    x, a, b, weight, bias, A_log, dt_bias, conv_state, qk, v, g, beta, cu_seqlens, state_indices,
+    out_state_indices, has_initial_state, checkpoint_offsets, checkpoint_indices, N, T, x_t, x_d,
+    a_t, a_h, b_t, b_h, weight_d, weight_w, bias_d, A_log_h, dt_bias_h, state_s, state_d, state_l,
+    cu_n, indices_n, out_indices_n, initial_n, offsets_n, checkpoints_n, SCALE: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     RUNS: tl.constexpr, RUN: tl.constexpr, HEADS: tl.constexpr, PAD: tl.constexpr,
     SILU: tl.constexpr, NORMALISE: tl.constexpr, CLEARS: tl.constexpr,
@@ -355,16 +336,14 @@ def _front_end(
         )  # fmt: skip
     if block < 2 * H:
         scale = tl.where(block < H, SCALE, 1.0)
-        if shrinkage is not None:
-            shrinkage += (block * T + first).to(tl.int64)
         _store_rows(
-            rows, target, shrinkage, H * K, 1, end - first, within, row, channel, columns, offset,
-            scale, W, RUN, SILU, NORMALISE,
+            rows, target, H * K, 1, end - first, within, row, channel, columns, offset, scale, W,
+            RUN, SILU, NORMALISE,
         )  # fmt: skip
     else:
         _store_rows(
-            rows, target, None, HV * V, 1, end - first, within, row, channel, columns, offset,
-            1.0, W, RUN, SILU, False,
+            rows, target, HV * V, 1, end - first, within, row, channel, columns, offset, 1.0, W,
+            RUN, SILU, False,
         )  # fmt: skip
 
 
@@ -381,7 +360,6 @@ class FrontEnd(Protocol):
         *,
         metadata: PrefillMetadata,
         keeps_checkpoints: bool = True,
-        shrinkage: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Convolve, split, normalise and gate.
 
@@ -393,7 +371,6 @@ class FrontEnd(Protocol):
             conv_state: [slots, D, L] pool, advanced in place.
             metadata: the batch.
             keeps_checkpoints: whether windows go to the slots in ``checkpoint_indices``.
-            shrinkage: [2, H, T] float32; gets by what rounding divided q's and k's squared norms.
 
         Returns:
             q [T, H, K], normalised and scaled; k [T, H, K], normalised; v [T, HV, V]; g [T, HV] and
@@ -427,7 +404,6 @@ def make_front_end(spec: GdnSpec, device: Device, *, clears: bool = False) -> Fr
         *,
         metadata: PrefillMetadata,
         keeps_checkpoints: bool = True,
-        shrinkage: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         refuse_gradients(mixed_qkv)
         T, N = mixed_qkv.shape[0], metadata.cu_seqlens.shape[0] - 1
@@ -441,14 +417,14 @@ def make_front_end(spec: GdnSpec, device: Device, *, clears: bool = False) -> Fr
         weight, bias = params.conv_weight, params.conv_bias
         _front_end[(num_programs(T, N, RUNS * RUN) * blocks,)](
             mixed_qkv, a, b, weight, bias, params.A_log, params.dt_bias, conv_state, qk, v, g,
-            beta, shrinkage, metadata.cu_seqlens, metadata.state_indices,
-            metadata.out_state_indices, metadata.has_initial_state, offsets, indices, N, T,
-            *mixed_qkv.stride(), *a.stride(), *b.stride(), *weight.stride(), *strides(bias, 1),
-            params.A_log.stride(0), params.dt_bias.stride(0), *conv_state.stride(),
-            metadata.cu_seqlens.stride(0), metadata.state_indices.stride(0),
-            *strides(metadata.out_state_indices, 1), *strides(metadata.has_initial_state, 1),
-            *strides(offsets, 1), *strides(indices, 1), spec.q_scale, H, HV, K, V, W, RUNS, RUN,
-            HEADS, PAD, SILU, spec.qk_l2norm, clears, enable_fp_fusion=FP_FUSION, **tile.options,
+            beta, metadata.cu_seqlens, metadata.state_indices, metadata.out_state_indices,
+            metadata.has_initial_state, offsets, indices, N, T, *mixed_qkv.stride(), *a.stride(),
+            *b.stride(), *weight.stride(), *strides(bias, 1), params.A_log.stride(0),
+            params.dt_bias.stride(0), *conv_state.stride(), metadata.cu_seqlens.stride(0),
+            metadata.state_indices.stride(0), *strides(metadata.out_state_indices, 1),
+            *strides(metadata.has_initial_state, 1), *strides(offsets, 1), *strides(indices, 1),
+            spec.q_scale, H, HV, K, V, W, RUNS, RUN, HEADS, PAD, SILU, spec.qk_l2norm,
+            clears, enable_fp_fusion=FP_FUSION, **tile.options,
         )  # fmt: skip
         return qk[0], qk[1], v, g, beta
 
