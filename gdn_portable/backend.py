@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -30,6 +30,20 @@ class MakeLauncher(Protocol):
             deterministic: whether results must not depend on the composition of the batch.
         """
         ...
+
+
+class Among(NamedTuple):
+    """What a kernel that chooses as it is called chooses from, by what, and how.
+
+    Attributes:
+        kernels: names.
+        source: where the times come from that decide.
+        pick: returns the kernel for a number of sequences and of tokens; None where all run.
+    """
+
+    kernels: tuple[str, ...]
+    source: str
+    pick: Callable[[float, int], str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +67,8 @@ class Kernel:
         conv_layouts: of the engine's memory. The kernel is passed [slots, D, L] always; under
             LEN_FIRST that is a transposed view, in which D is contiguous.
         refuse: returns a reason for what the fields above cannot express.
+        among: of a kernel that chooses among others by the batch, returns those it chooses from
+            where it is able. ``deterministic=True`` passes it over.
     """
 
     op: Op
@@ -67,8 +83,9 @@ class Kernel:
     state_layouts: Collection[StateLayout] | None
     conv_layouts: Collection[ConvLayout] | None
     refuse: Callable[[GdnSpec, Device], str | None] | None = None
+    among: Callable[[GdnSpec, Device], Among] | None = None
 
-    def reasons(self, spec: GdnSpec, device: Device) -> list[str]:
+    def reasons(self, spec: GdnSpec, device: Device, *, deterministic: bool = False) -> list[str]:
         """Return every reason why it cannot serve ``spec`` on ``device``; empty when it can."""
         found = [
             _unless("device", device.kind, self.devices),
@@ -78,10 +95,17 @@ class Kernel:
             _unless("head dims (K, V)", (spec.head_k_dim, spec.head_v_dim), self.head_dims),
             _unless("state layout", spec.state_layout.value, _values(self.state_layouts)),
             _unless("conv layout", spec.conv_layout.value, _values(self.conv_layouts)),
+            "it chooses by the batch, not deterministic" if deterministic and self.among else None,
             self.probe() if self.probe else None,
             self.refuse(spec, device) if self.refuse else None,
         ]
         return [reason for reason in found if reason]
+
+    def label(self, spec: GdnSpec, device: Device) -> str:
+        """Return the name of a kernel that is able, with the names it chooses from."""
+        if self.among is None:
+            return self.name
+        return f"{self.name}: {' | '.join(self.among(spec, device).kernels)}"
 
     def load(self, spec: GdnSpec, device: Device, *, deterministic: bool) -> Launcher:
         """Import the target and let it make the launcher."""

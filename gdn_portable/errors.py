@@ -40,3 +40,7 @@ class UnsupportedError(GdnError, NotImplementedError):
 
 class ModelFileError(GdnError, ValueError):
     """A file of weights is missing, damaged, or belongs to another model."""
+
+
+class TunedFileError(GdnError, ValueError):
+    """A file of measured times is damaged, or of another format."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -69,6 +70,43 @@ class PrefillMetadata:
     checkpoint_indices: Tensor | None = None
     seq_lens_cpu: Sequence[int] | None = None
     plan: object | None = field(default=None, repr=False)
+
+
+@dataclass(slots=True, eq=False)
+class Plans:
+    """What ``measured.plan_prefill`` stores: what a choice goes by, and the kernels' own plans.
+
+    Attributes:
+        sequences: sequences as long as the longest that would make up the batch; N of the same
+            length, or where lengths are not known on the host.
+        parts: what each kernel's own ``plan_prefill`` stored.
+        runs_all: run every kernel that may be chosen, one after the other: for the warm-up.
+    """
+
+    sequences: float
+    parts: tuple[object | None, ...] = ()
+    runs_all: bool = False
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        """Return what the parts were planned for, where they keep it."""
+        kept = (getattr(part, "cu_seqlens", None) for part in self.parts)
+        return next((cu_seqlens for cu_seqlens in kept if cu_seqlens is not None), None)
+
+
+PlanT = TypeVar("PlanT")
+
+
+def plan_of(metadata: PrefillMetadata, kind: type[PlanT]) -> PlanT | None:
+    """Return the plan of that class, be it the batch's or one of several; None where none was made.
+
+    A kernel asks for its own plan so, and does without where another kernel's planner was called.
+    """
+    plan = metadata.plan
+    for part in plan.parts if isinstance(plan, Plans) else (plan,):
+        if isinstance(part, kind):
+            return part
+    return None
 
 
 @dataclass(slots=True, eq=False)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from gdn_portable import steps
-from gdn_portable.backend import Backend, Kernel, Launcher
+from gdn_portable.backend import Among, Backend, Kernel, Launcher
 from gdn_portable.errors import InputError, UnknownBackendError, UnsupportedError
 from gdn_portable.interface import GdnOps
 from gdn_portable.layout import adapt
@@ -25,9 +25,10 @@ from gdn_portable.warmup import warmup
 BUILTIN = {
     "reference": "gdn_portable.reference:BACKEND",
     "triton": "gdn_backend_triton:BACKEND",
+    "cuda": "gdn_backend_cuda:BACKEND",
     "rocm": "gdn_backend_rocm:BACKEND",
 }
-DEFAULT_FOR = {"cpu": "reference", "cuda": "triton", "rocm": "rocm"}
+DEFAULT_FOR = {"cpu": "reference", "cuda": "cuda", "rocm": "rocm"}
 ENTRY_POINT_GROUP = "gdn_portable.backends"
 OVERRIDE_VARIABLE = "GDN_PORTABLE_KERNELS"
 
@@ -63,9 +64,10 @@ def bind(
         InputError: there is no such device.
         UnknownBackendError: a backend, op or kernel that was named does not exist.
         UnsupportedError: an op has no kernel that is able; every kernel's reasons are given.
+        TunedFileError: a file of measured times cannot be used.
     """
     facts = detect_device(device)
-    chosen = _choose(_ladders(facts, backend, kernels), spec, facts)
+    chosen = _choose(_ladders(facts, backend, kernels), spec, facts, deterministic=deterministic)
     launchers: dict[Op, Launcher] = {}
     for op, kernel in chosen.items():
         if kernel is steps.COMPOSED.get(op):
@@ -73,7 +75,7 @@ def bind(
         else:
             launcher = kernel.load(spec, facts, deterministic=deterministic)
             launchers[op] = adapt(launcher, op, spec)
-    names = {op: kernel.name for op, kernel in chosen.items()}
+    names = {op: kernel.label(spec, facts) for op, kernel in chosen.items()}
 
     warm = partial(warmup, spec, facts, dict(launchers))
     if check is None:
@@ -94,11 +96,13 @@ class Choice:
     kernel: str
     chosen: bool
     reasons: tuple[str, ...]  # against it; empty when it is able
+    among: Among | None = None  # of a kernel that is able: what it chooses from as it is called
 
     def __str__(self) -> str:
         """Say in one line what the kernel does and why."""
         standing = "serves" if self.chosen else "cannot" if self.reasons else "able, not first"
-        return ": ".join([f"{self.op.value} {self.kernel} {standing}", *self.reasons])
+        by = (self.among.source,) if self.among else ()
+        return ": ".join([f"{self.op.value} {self.kernel} {standing}", *self.reasons, *by])
 
 
 def explain(
@@ -107,6 +111,7 @@ def explain(
     *,
     backend: str | None = None,
     kernels: Mapping[Op | str, str] | None = None,
+    deterministic: bool = False,
 ) -> tuple[Choice, ...]:
     """Return every kernel that ``bind`` would consider, in order, and what speaks against it.
 
@@ -115,23 +120,28 @@ def explain(
         device: a device, or a :class:`Device` that need not be here.
         backend: as ``bind`` takes it.
         kernels: as ``bind`` takes it.
+        deterministic: as ``bind`` takes it.
 
     Raises:
         UnknownBackendError: a backend, op or kernel that was named does not exist.
+        TunedFileError: a file of measured times cannot be used.
     """
     facts = detect_device(device)
     ladders = _ladders(facts, backend, kernels)
-    unserved = {op for op, ladder in ladders.items() if not _first_able(ladder, spec, facts)}
+    able = partial(_first_able, spec=spec, device=facts, deterministic=deterministic)
+    unserved = {op for op, ladder in ladders.items() if not able(ladder)}
     choices: list[Choice] = []
     for op, ladder in ladders.items():
-        first = _first_able(ladder, spec, facts)
+        first = able(ladder)
         for kernel in ladder:
-            reasons = kernel.reasons(spec, facts)
+            reasons = kernel.reasons(spec, facts, deterministic=deterministic)
             if kernel is steps.COMPOSED.get(op):
                 missing = [part.value for part in steps.PARTS[op][1] if part in unserved]
                 reasons += [f"no kernel can serve {part}" for part in missing]
             chosen = kernel is first and not reasons
-            choices.append(Choice(op, kernel.name, chosen, tuple(reasons)))
+            label = kernel.name if reasons else kernel.label(spec, facts)
+            among = kernel.among(spec, facts) if kernel.among and not reasons else None
+            choices.append(Choice(op, label, chosen, tuple(reasons), among))
     return tuple(choices)
 
 
@@ -143,31 +153,40 @@ def _ladders(
     if backend is None:
         backend, from_environment = _read_override(os.environ.get(OVERRIDE_VARIABLE, ""))
         named = {**from_environment, **named}
-    table = get_backend(backend or default_backend(device))
+    own = backend or default_backend(device)
+    table = get_backend(own)
     ladders = {op: _kernels_of(table, op) for op in Op}
     for op, step in steps.COMPOSED.items():
         ladders[op] += (step,)
-    for name, kernel in named.items():
-        op = _op(name)
-        ladders[op] = (_find_kernel(kernel, op),)
+    by_op = {_op(name): kernel for name, kernel in named.items()}
+    ladders.update({op: (_find_kernel(kernel, op, own),) for op, kernel in by_op.items()})
+    if Op.CHUNK_PREFILL in by_op and Op.PLAN_PREFILL not in by_op:
+        library = by_op[Op.CHUNK_PREFILL].partition(".")[0]
+        planner = _kernel_of((own, *BUILTIN), Op.PLAN_PREFILL, f"{library}.plan_prefill")
+        if planner is not None:
+            ladders[Op.PLAN_PREFILL] = (planner, *ladders[Op.PLAN_PREFILL])
     return ladders
 
 
 def _choose(
-    ladders: Mapping[Op, tuple[Kernel, ...]], spec: GdnSpec, device: Device
+    ladders: Mapping[Op, tuple[Kernel, ...]],
+    spec: GdnSpec,
+    device: Device,
+    *,
+    deterministic: bool,
 ) -> dict[Op, Kernel]:
     """Return the first able kernel of each op, or raise with every reason of every kernel."""
     chosen: dict[Op, Kernel] = {}
     rejected: dict[str, list[str]] = {}
     lines: list[str] = []
     for op, ladder in ladders.items():
-        kernel = _first_able(ladder, spec, device)
+        kernel = _first_able(ladder, spec, device, deterministic=deterministic)
         if kernel is not None:
             chosen[op] = kernel
             continue
         lines.append(f"no kernel can serve {op.value} on {device} for {spec}")
         for refused in ladder:
-            rejected[refused.name] = refused.reasons(spec, device)
+            rejected[refused.name] = refused.reasons(spec, device, deterministic=deterministic)
             lines += [f"  {refused.name}:", *(f"    - {r}" for r in rejected[refused.name])]
         if not ladder:
             lines.append("  the backend declares none")
@@ -176,8 +195,13 @@ def _choose(
     return chosen
 
 
-def _first_able(ladder: tuple[Kernel, ...], spec: GdnSpec, device: Device) -> Kernel | None:
-    return next((kernel for kernel in ladder if not kernel.reasons(spec, device)), None)
+def _first_able(
+    ladder: tuple[Kernel, ...], spec: GdnSpec, device: Device, *, deterministic: bool
+) -> Kernel | None:
+    for kernel in ladder:
+        if not kernel.reasons(spec, device, deterministic=deterministic):
+            return kernel
+    return None
 
 
 def detect_device(device: AnyDevice) -> Device:
@@ -199,8 +223,10 @@ def detect_device(device: AnyDevice) -> Device:
         reason = str(error).splitlines()[0]
         raise InputError(f"device is {device!r}, needs one that torch can use: {reason}") from error
     if torch.version.hip:
-        return Device("rocm", properties.gcnArchName.partition(":")[0], device.index)
-    return Device("cuda", f"sm{properties.major}{properties.minor}", device.index)
+        arch = properties.gcnArchName.partition(":")[0]
+        return Device("rocm", arch, device.index, properties.name)
+    arch = f"sm{properties.major}{properties.minor}"
+    return Device("cuda", arch, device.index, properties.name)
 
 
 def get_backend(name: str) -> Backend:
@@ -261,12 +287,13 @@ def _op(name: Op | str) -> Op:
         raise _unknown("op", str(name), {op.value for op in Op}) from None
 
 
-def _find_kernel(name: str, op: Op) -> Kernel:
+def _find_kernel(name: str, op: Op, own: str) -> Kernel:
+    """Return the kernel called ``name``, from the backend ``own`` where it has one."""
     step = steps.COMPOSED.get(op)
     if step is not None and step.name == name:
         return step
     # plugins are looked up only for a name that no built-in backend has
-    found = _kernel_of(BUILTIN, op, name) or _kernel_of(_plugins(), op, name)
+    found = _kernel_of((own, *BUILTIN), op, name) or _kernel_of(_plugins(), op, name)
     if found is None:
         tables = map(get_backend, backend_names())
         known = {kernel.name for table in tables for kernel in _kernels_of(table, op)}

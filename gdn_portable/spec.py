@@ -68,6 +68,7 @@ class Device:
     kind: str  # "cpu", "cuda" for NVIDIA, "rocm" for AMD, else torch's device type
     arch: str = ""  # "sm90", "gfx942", ...; the kind where there is nothing finer
     index: int | None = None
+    name: str = ""  # of the GPU, as torch has it; empty where none is here
 
     def __post_init__(self) -> None:
         """Take the kind where no architecture is named."""

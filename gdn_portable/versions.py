@@ -34,10 +34,11 @@ def versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str | None]:
         "CUDA runtime": torch.version.cuda,
         "ROCm runtime": torch.version.hip,
     }
-    return found | {name: _version(name) for name in libraries}
+    return found | {name: version_of(name) for name in libraries}
 
 
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
+    """Return the version of what is installed under that name; None if absent."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

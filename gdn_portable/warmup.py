@@ -16,6 +16,7 @@ from gdn_portable.errors import UnsupportedCallError
 from gdn_portable.metadata import (
     Drafts,
     GdnParams,
+    Plans,
     PrefillMetadata,
     ReplayDrafts,
     SnapshotDrafts,
@@ -80,6 +81,8 @@ class _Calls:
             )
             for metadata in (plain, fresh, kept):
                 self.launchers[Op.PLAN_PREFILL](metadata)
+                if isinstance(metadata.plan, Plans):
+                    metadata.plan.runs_all = True
                 prefill = (Op.CONV1D_PREFILL, Op.CHUNK_PREFILL, Op.PREFILL_STEP)
                 self._run(prefill, length, pool, metadata=metadata)
 

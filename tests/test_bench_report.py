@@ -196,8 +196,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     command = importlib.import_module("gdn_portable.cli.bench")
     readings = card.Readings(driver="1.2", clock=1980, highest_clock=1980)
     replacements: dict[str, Callable[..., Any]] = {
-        "_gpu": torch.device,
-        "_memory": lambda device, gibibytes: 2**30,
+        "present_gpu": lambda name, command: torch.device(name),
+        "memory_for": lambda device, gibibytes: 2**30,
         "GpuClock": lambda device: FakeClock(),
         "read_card": lambda device, clock: card.Card("a card", 2**37, 1, RATES),
         "readings_of": lambda device: readings,
@@ -254,8 +254,10 @@ def test_an_op_without_default_cases_is_timed_at_the_usual_sizes(command: Comman
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_command_says_what_it_needs(command: Command) -> None:
-    assert "bench needs an NVIDIA or AMD GPU" in command.mistake("bench")
-    assert "bench needs an NVIDIA or AMD GPU" in command.mistake("bench", "--device", "cpu")
+    assert "bench without --list needs an NVIDIA or AMD GPU" in command.mistake("bench")
+    assert "bench without --list needs an NVIDIA or AMD GPU" in command.mistake(
+        "bench", "--device", "cpu"
+    )
 
 
 def test_mistakes_of_the_command_are_one_line(command: Command, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_a_kernel_named_by_the_environment_that_is_not_there_is_a_mistake(
 def test_doctor_reports_the_present_device(command: Command) -> None:
     document = command.document("doctor", "--device", "cpu")
 
-    assert document["device"] == {"kind": "cpu", "arch": "cpu", "index": None}
+    assert document["device"] == {"kind": "cpu", "arch": "cpu", "index": None, "name": ""}
     assert document["default_backend"] == "reference"
     assert document["versions"]["torch"] == torch.__version__
     assert document["spec"]["num_v_heads"] == 32
@@ -128,7 +128,7 @@ def test_doctor_reports_the_present_device(command: Command) -> None:
 def test_doctor_explains_a_device_that_is_not_here(command: Command, arch: str, kind: str) -> None:
     document = command.document("doctor", "--arch", arch)
 
-    assert document["device"] == {"kind": kind, "arch": arch, "index": None}
+    assert document["device"] == {"kind": kind, "arch": arch, "index": None, "name": ""}
     chosen = [
         choice["op"]
         for choice in document["backends"][document["default_backend"]]

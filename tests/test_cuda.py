@@ -85,21 +85,22 @@ def _cases(spec: str) -> dict[str, Case]:
 
 
 @cache
-def _bound(spec: GdnSpec) -> GdnOps:
-    return bind(spec, "cuda")
+def _bound(spec: GdnSpec, backend: str | None) -> GdnOps:
+    return bind(spec, "cuda", backend=backend)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("spec", SPECS)
-def test_the_bound_ops_pass_every_case(spec: str, name: str) -> None:
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_the_bound_ops_pass_every_case(backend: str | None, spec: str, name: str) -> None:
     case = _cases(spec)[name]
 
-    case.check(_bound(case.spec))
+    case.check(_bound(case.spec, backend))
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_every_op_is_the_triton_kernel(spec: str) -> None:
-    ops = bind(SPECS[spec], "cuda")
+def test_every_op_of_the_shared_backend_is_a_triton_kernel(spec: str) -> None:
+    ops = bind(SPECS[spec], "cuda", backend="triton")
 
     assert {op.value: kernel for op, kernel in ops.kernels.items()} == {
         op.value: f"triton.{op.value}" for op in ops.kernels

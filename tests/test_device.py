@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,23 +20,23 @@ from tests.fakes import CPU, MI300
 def test_an_nvidia_gpu_is_named_by_its_compute_capability(
     monkeypatch: pytest.MonkeyPatch, major: int, minor: int, arch: str
 ) -> None:
-    properties = SimpleNamespace(major=major, minor=minor)
+    properties = SimpleNamespace(major=major, minor=minor, name="NVIDIA Test")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.version, "hip", None)
 
-    assert detect_device("cuda:1") == Device("cuda", arch, 1)
-    assert detect_device(torch.device("cuda")) == Device("cuda", arch, None)
+    assert detect_device("cuda:1") == Device("cuda", arch, 1, "NVIDIA Test")
+    assert detect_device(torch.device("cuda")) == Device("cuda", arch, None, "NVIDIA Test")
 
 
 @pytest.mark.parametrize("name", ["gfx942:sramecc+:xnack-", "gfx942:sramecc+", "gfx942"])
 def test_an_amd_gpu_is_told_from_nvidia_and_named_without_its_features(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    properties = SimpleNamespace(major=9, minor=4, gcnArchName=name)
+    properties = SimpleNamespace(major=9, minor=4, gcnArchName=name, name="AMD Test")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.version, "hip", "7.0.0")
 
-    assert detect_device("cuda:0") == MI300
+    assert detect_device("cuda:0") == replace(MI300, name="AMD Test")
 
 
 def test_the_facts_of_a_device_are_taken_as_they_are() -> None:

@@ -284,7 +284,7 @@ def _front_end(
     cu_n, indices_n, out_indices_n, initial_n, offsets_n, checkpoints_n, SCALE: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     RUNS: tl.constexpr, RUN: tl.constexpr, HEADS: tl.constexpr, PAD: tl.constexpr,
-    SILU: tl.constexpr, NORMALISE: tl.constexpr,
+    SILU: tl.constexpr, NORMALISE: tl.constexpr, CLEARS: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = 2 * H * K + HV * V
     BLOCKS: tl.constexpr = (D + K - 1) // K
@@ -315,7 +315,17 @@ def _front_end(
     mask = d < D
     columns = load_weight(weight, d, mask, weight_d, weight_w, W)
     offset = load_bias(bias, d, mask, bias_d)
+    target = v + first.to(tl.int64) * (HV * V) + (block - 2 * H) * K
+    pitch = HV * V
+    if block < 2 * H:
+        target = qk + (block // H * T + first).to(tl.int64) * (H * K) + block % H * K
+        pitch = H * K
     if slot <= PAD:
+        if CLEARS:
+            for i in tl.static_range(RUN):
+                zeros = tl.zeros([RUNS, K], v.dtype.element_ty)
+                at = target + (row + i) * pitch + channel
+                tl.store(at, zeros, mask=(row + i < end - first) & within)
         return
     if first == start:
         rows = _turn_window(
@@ -325,15 +335,12 @@ def _front_end(
             initial_n, offsets_n, checkpoints_n, W, PAD,
         )  # fmt: skip
     if block < 2 * H:
-        is_key = block // H
-        scale = tl.where(is_key == 0, SCALE, 1.0)
-        target = qk + (is_key * T + first).to(tl.int64) * (H * K) + (block - is_key * H) * K
+        scale = tl.where(block < H, SCALE, 1.0)
         _store_rows(
             rows, target, H * K, 1, end - first, within, row, channel, columns, offset, scale, W,
             RUN, SILU, NORMALISE,
         )  # fmt: skip
     else:
-        target = v + first.to(tl.int64) * (HV * V) + (block - 2 * H) * K
         _store_rows(
             rows, target, HV * V, 1, end - first, within, row, channel, columns, offset, 1.0, W,
             RUN, SILU, False,
@@ -369,13 +376,19 @@ class FrontEnd(Protocol):
             q [T, H, K], normalised and scaled; k [T, H, K], normalised; v [T, HV, V]; g [T, HV] and
             beta [T, HV] as ``gating`` gives them. All contiguous. Where the spec has no
             ``qk_l2norm``, q is scaled and k as it is. Rows of padding and of nobody are not
-            written.
+            written, or zeros in q, k and v where they were asked for.
         """
         ...
 
 
-def make_front_end(spec: GdnSpec, device: Device) -> FrontEnd:
-    """Return it: a program owns a block of tokens of one sequence by K channels, or its gates."""
+def make_front_end(spec: GdnSpec, device: Device, *, clears: bool = False) -> FrontEnd:
+    """Return it: a program owns a block of tokens of one sequence by K channels, or its gates.
+
+    Args:
+        spec: the layer.
+        device: where.
+        clears: write zeros to rows of padding and of nobody.
+    """
     H, HV, K, V = spec.num_k_heads, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
     W, PAD, SILU = spec.conv_width, spec.pad_slot, spec.activation == "silu"
     tile = _tile_of(device)
@@ -411,7 +424,7 @@ def make_front_end(spec: GdnSpec, device: Device) -> FrontEnd:
             metadata.state_indices.stride(0), *strides(metadata.out_state_indices, 1),
             *strides(metadata.has_initial_state, 1), *strides(offsets, 1), *strides(indices, 1),
             spec.q_scale, H, HV, K, V, W, RUNS, RUN, HEADS, PAD, SILU, spec.qk_l2norm,
-            enable_fp_fusion=FP_FUSION, **tile.options,
+            clears, enable_fp_fusion=FP_FUSION, **tile.options,
         )  # fmt: skip
         return qk[0], qk[1], v, g, beta
 

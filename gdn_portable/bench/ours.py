@@ -103,7 +103,7 @@ def _contender(
         refused = Contender(name=name, ours=True, includes=includes, prepare=_cannot)
         return replace(refused, refusal=str(error))
     return Contender(
-        name=ops.kernels[Op(case.op)],
+        name=ops.kernels[Op(case.op)].partition(":")[0],  # without those it chooses from
         ours=True,
         includes=includes,
         prepare=partial(prepare, ops),

@@ -6,6 +6,7 @@ import typer
 from gdn_portable.cli.bench import bench
 from gdn_portable.cli.demo import demo
 from gdn_portable.cli.doctor import doctor
+from gdn_portable.cli.tune import tune
 from gdn_portable.cli.verify import verify
 
 app = typer.Typer(
@@ -19,3 +20,4 @@ app.command()(demo)
 app.command()(doctor)
 app.command()(verify)
 app.command()(bench)
+app.command()(tune)

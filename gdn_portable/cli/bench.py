@@ -39,15 +39,16 @@ from gdn_portable.bench.plot import check_matplotlib, plot
 from gdn_portable.bench.report import Report, document_of, render
 from gdn_portable.bench.run import CACHES, ROTATION, DeviceLostError, Plan, run
 from gdn_portable.bench.timing import GpuClock
-from gdn_portable.cli.options import present_device
+from gdn_portable.cli.options import (
+    INTERRUPTED,
+    WIDTH,
+    layer_of,
+    memory_for,
+    present_gpu,
+)
 from gdn_portable.errors import InputError
 from gdn_portable.select import detect_device
-from gdn_portable.spec import GdnSpec, Op
-
-SHARE_OF_MEMORY = 0.4
-INTERRUPTED = 130
-WIDTH = 200  # of what is not shown on a terminal
-NEEDS = "needs an NVIDIA or AMD GPU and a torch built for it (--list needs neither)"
+from gdn_portable.spec import Op
 
 
 def bench(
@@ -91,7 +92,7 @@ def bench(
             raise InputError(f"{path} cannot be written: there is no folder {path.parent}")
     if plot_path is not None:
         check_matplotlib()
-    target = _gpu(device)
+    target = present_gpu(device, "bench without --list")
     with torch.no_grad(), torch.cuda.device(target):
         report = _run(
             chosen,
@@ -100,7 +101,7 @@ def bench(
             with_peers=peers,
             replays=replays,
             deadline=math.inf if minutes is None else time.monotonic() + 60 * minutes,
-            memory=_memory(target, memory),
+            memory=memory_for(target, memory),
             host=host,
             json_path=json_path,
         )
@@ -139,7 +140,7 @@ def _cases(
 ) -> tuple[Case, ...]:
     """Return what is asked for: of the default cases, and by name of all there are."""
     if config is not None:
-        return select_cases(tuple(cases_of(_layer(config, tp_size))), ops, patterns)
+        return select_cases(tuple(cases_of(layer_of(config, tp_size))), ops, patterns)
     if tp_size != 1:
         raise InputError("--tp-size is given without --config, needs both")
     if everything or patterns:
@@ -150,36 +151,11 @@ def _cases(
     return select_cases((*default, *named), ops, None)
 
 
-def _layer(config: Path, tp_size: int) -> GdnSpec:
-    try:
-        fields = json.loads(config.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"config {config} cannot be read: {error}") from error
-    return GdnSpec.from_config(fields, tp_size)
-
-
 def _print_cases(cases: Sequence[Case]) -> None:
     default, width = set(default_cases()), max(len(case.name) for case in cases)
     for case in cases:
         work, mark = work_of(case), "default" if case in default else ""
         print(f"{case.name:{width}} {mark:7} {work.bytes / 1e6:9.2f} MB {work.flops / 1e9:8.2f} GF")
-
-
-def _gpu(name: str) -> torch.device:
-    try:
-        device = present_device(name)
-    except InputError as error:
-        raise InputError(f"{error}; bench {NEEDS}") from error
-    if device.type != "cuda":
-        raise InputError(f"device is {name!r}; bench {NEEDS}")
-    return device
-
-
-def _memory(device: torch.device, gibibytes: float | None) -> int:
-    if gibibytes is not None:
-        return int(gibibytes * 2**30)
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(SHARE_OF_MEMORY * free)
 
 
 def _run(

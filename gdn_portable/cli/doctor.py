@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gdn_portable.cli.options import Dtype, default_device, imagined_device
+from gdn_portable.cli.options import Dtype, default_device, imagined_device, layer_of
 from gdn_portable.errors import InputError
 from gdn_portable.select import (
     Choice,
@@ -43,7 +43,7 @@ def doctor(
     if device is not None and arch is not None:
         raise InputError("--device and --arch are both given, needs one")
     facts = imagined_device(arch) if arch is not None else detect_device(default_device(device))
-    spec = _spec(config, tp_size, dtype)
+    spec = layer_of(config, tp_size, dtype.torch if dtype else None)
     names = sorted(backend_names(), key=lambda name: name != default_backend(facts))
     tables = {name: explain(spec, facts, backend=name) for name in names}
     found = versions()
@@ -57,24 +57,6 @@ def doctor(
         console.print(_kernel_table(title, choices))
 
 
-def _spec(config: Path | None, tp_size: int, dtype: Dtype | None) -> GdnSpec:
-    chosen = dtype.torch if dtype else None
-    if config is None:
-        return GdnSpec(
-            num_k_heads=16,
-            num_v_heads=32,
-            head_k_dim=128,
-            head_v_dim=128,
-            dtype=chosen or torch.bfloat16,
-            state_dtype=torch.float32,
-        ).shard(tp_size)
-    try:
-        fields = json.loads(config.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"config {config} cannot be read: {error}") from error
-    return GdnSpec.from_config(fields, tp_size, dtype=chosen)
-
-
 def _document(
     device: Device,
     spec: GdnSpec,
@@ -82,7 +64,12 @@ def _document(
     tables: dict[str, tuple[Choice, ...]],
 ) -> dict[str, object]:
     return {
-        "device": {"kind": device.kind, "arch": device.arch, "index": device.index},
+        "device": {
+            "kind": device.kind,
+            "arch": device.arch,
+            "index": device.index,
+            "name": device.name,
+        },
         "spec": {name: _plain(getattr(spec, name)) for name in spec.__dataclass_fields__},
         "versions": found,
         "default_backend": default_backend(device),
@@ -93,6 +80,8 @@ def _document(
                     "kernel": choice.kernel,
                     "chosen": choice.chosen,
                     "reasons": list(choice.reasons),
+                    "among": list(choice.among.kernels) if choice.among else [],
+                    "source": choice.among.source if choice.among else "",
                 }
                 for choice in choices
             ]
@@ -107,7 +96,7 @@ def _plain(value: object) -> object:
 
 def _facts_table(device: Device, spec: GdnSpec, found: dict[str, str | None]) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2))
-    table.add_row("device", str(device))
+    table.add_row("device", f"{device} {device.name}".strip())
     table.add_row(
         "layer",
         f"H={spec.num_k_heads} HV={spec.num_v_heads} K={spec.head_k_dim} V={spec.head_v_dim} "
@@ -124,7 +113,10 @@ def _kernel_table(title: str, choices: tuple[Choice, ...]) -> Table:
     table = Table("op", "kernel", "", "reasons against it", title=title, title_justify="left")
     for choice in choices:
         mark = "serves" if choice.chosen else "cannot" if choice.reasons else "able, not first"
-        table.add_row(choice.op.value, choice.kernel, mark, "\n".join(choice.reasons))
+        name, _, among = choice.kernel.partition(": ")
+        chosen_by = [choice.among.source] if choice.among else []
+        kernel = "\n".join([name, *filter(None, among.split(" | ")), *chosen_by])
+        table.add_row(choice.op.value, kernel, mark, "\n".join(choice.reasons))
     return table
 
 

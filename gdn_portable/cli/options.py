@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+import json
 from enum import Enum
+from pathlib import Path
 
 import torch
 
 from gdn_portable.errors import InputError
-from gdn_portable.spec import Device
+from gdn_portable.spec import Device, GdnSpec
+
+SHARE_OF_MEMORY = 0.4
+INTERRUPTED = 130  # exit code
+WIDTH = 200  # of what is not shown on a terminal
 
 
 class Dtype(str, Enum):
@@ -49,6 +55,53 @@ def default_device(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return present_device(name)
+
+
+def present_gpu(name: str, command: str) -> torch.device:
+    """Return an NVIDIA or AMD GPU that is there.
+
+    Raises:
+        InputError: there is none of that name; ``command`` says what needs it.
+    """
+    needs = f"{command} needs an NVIDIA or AMD GPU and a torch built for it"
+    try:
+        device = present_device(name)
+    except InputError as error:
+        raise InputError(f"{error}; {needs}") from error
+    if device.type != "cuda":
+        raise InputError(f"device is {name!r}; {needs}")
+    return device
+
+
+def memory_for(device: torch.device, gibibytes: float | None) -> int:
+    """Return the bytes that inputs may take: those asked for, or a share of what is free."""
+    if gibibytes is not None:
+        return int(gibibytes * 2**30)
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(SHARE_OF_MEMORY * free)
+
+
+def layer_of(config: Path | None, tp_size: int = 1, dtype: torch.dtype | None = None) -> GdnSpec:
+    """Return the layer of a Hugging Face config.json, by default Qwen3-Next's.
+
+    Raises:
+        InputError: the file cannot be read.
+        SpecError: it describes no such layer, or its heads do not divide.
+    """
+    if config is None:
+        return GdnSpec(
+            num_k_heads=16,
+            num_v_heads=32,
+            head_k_dim=128,
+            head_v_dim=128,
+            dtype=dtype or torch.bfloat16,
+            state_dtype=torch.float32,
+        ).shard(tp_size)
+    try:
+        fields = json.loads(config.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"config {config} cannot be read: {error}") from error
+    return GdnSpec.from_config(fields, tp_size, dtype=dtype)
 
 
 def imagined_device(arch: str) -> Device:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gdn_portable.metadata import PrefillMetadata
+from gdn_portable.metadata import PrefillMetadata, plan_of
 from gdn_portable.reference.math import normalise
 from gdn_portable.reference.slots import (
     checkpoints,
@@ -39,8 +39,8 @@ def plan_prefill(spec: GdnSpec, metadata: PrefillMetadata) -> None:
     if chunks is None:
         metadata.plan = None
         return
-    tokens, old = _chunk_tokens(metadata.cu_seqlens, chunks), metadata.plan
-    if isinstance(old, ChunkPlan) and old.tokens.shape == tokens.shape:
+    tokens, old = _chunk_tokens(metadata.cu_seqlens, chunks), plan_of(metadata, ChunkPlan)
+    if old is not None and old.tokens.shape == tokens.shape:
         old.cu_seqlens.copy_(metadata.cu_seqlens)
         old.tokens.copy_(tokens)
     else:
@@ -68,8 +68,9 @@ def _chunk_tokens(cu_seqlens: Tensor, chunks: int) -> Tensor:
 
 
 def _planned_tokens(metadata: PrefillMetadata, num_tokens: int) -> Tensor:
-    if isinstance(metadata.plan, ChunkPlan):
-        return metadata.plan.tokens
+    plan = plan_of(metadata, ChunkPlan)
+    if plan is not None:
+        return plan.tokens
     chunks = _most_chunks(metadata)
     # a GPU's lengths are not asked for: any sequence may be as long as the batch
     chunks = -(-num_tokens // CHUNK) if chunks is None else chunks

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What FlashInfer's prefill needs around it: unit vectors, linear decay, slots, zeros for padding.
+
+It reads and writes one index per sequence, has no padding, and knows no sequence without initial
+state. So a sequence's row is filled before it where that is not what it starts from, and a
+sequence that may write no slot is given a row of memory of ours, by its distance to the pool.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from gdn_backend_triton.launch import FP_FUSION, STEP_SIZES, STEP_TENSORS, ceil_div, power_of_two
+from gdn_backend_triton.sequences import locate, num_programs
+from gdn_backend_triton.taps import strides
+from torch import Tensor
+
+from gdn_backend_cuda.slots import packed
+from gdn_portable.errors import InputError
+from gdn_portable.metadata import PrefillMetadata
+
+GATES = 1024  # that a program turns
+GATES_OF_KEYS = 32  # heads of K whose gates a program turns where it reads the keys
+MOST_ROUNDED = tl.constexpr(2.0**-8)  # of the square of a unit vector's norm
+SEQUENCES = 128  # that a program places
+FILLED = tl.constexpr(32)  # rows of V that a program fills
+ROWS = 64  # tokens that a program clears
+EVERY = 512  # tokens between the states that are kept for checkpoints
+UNITS = 16  # heads of K that a program normalises
+
+
+@triton.jit
+def first_row(start, n, EVERY: tl.constexpr):
+    """Return the row of a sequence's initial state among the states kept every EVERY tokens."""
+    return start // EVERY + n
+
+
+@triton.jit(do_not_specialize=STEP_SIZES)
+def _unit(
+    q, k, out, num_rows, q_t, q_h, k_t, k_h, H: tl.constexpr, K: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    i = tl.arange(0, K)[None, :]
+    is_key = row >= num_rows
+    of = tl.where(is_key, row - num_rows, row)
+    inside = of < num_rows
+    query = tl.load(q + of // H * q_t + of % H * q_h + i, mask=inside & ~is_key, other=0.0)
+    key = tl.load(k + of // H * k_t + of % H * k_h + i, mask=inside & is_key, other=0.0)
+    value = query.to(tl.float32) + key.to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value, 1) + 1e-6)[:, None]
+    tl.store(out + row * K + i, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=(*STEP_SIZES, "own"), do_not_specialize_on_alignment=STEP_TENSORS)
+def _place(
+    g, beta, keys, alpha, strength, cu_seqlens, state_indices, out_state_indices,
+    has_initial_state, checkpoint_offsets, offsets, slots, starts, state, kept,
+    num_rows, N, own, g_t, g_h, b_t, b_h, cu_s, indices_s, out_indices_s, initial_s,
+    checkpoints_s, state_s, state_h: tl.constexpr, state_v: tl.constexpr, H: tl.constexpr,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PAD: tl.constexpr, FILLS: tl.constexpr,
+    EVERY: tl.constexpr, GATES: tl.constexpr, HEADS: tl.constexpr, SEQUENCES: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    gates = (num_rows + GATES - 1) // GATES
+    lists = (N + SEQUENCES) // SEQUENCES
+    if program < gates:
+        RATIO: tl.constexpr = HV // H
+        row = program * GATES + tl.arange(0, GATES)
+        t = (row // H).to(tl.int64)[:, None]
+        i = tl.arange(0, HEADS)[None, :]
+        head = (row % H)[:, None] * RATIO + i
+        mask = (row < num_rows)[:, None] & (i < RATIO)
+        decay = tl.load(g + t * g_t + head * g_h, mask=mask, other=0.0)
+        tl.store(alpha + t * HV + head, tl.exp(decay), mask=mask)
+        if keys is not None:
+            at = keys + row.to(tl.int64)[:, None] * K + tl.arange(0, K)[None, :]
+            key = tl.load(at, mask=(row < num_rows)[:, None], other=0.0).to(tl.float32)
+            squares = tl.sum(key * key, 1)
+            # farther from 1 is no rounding: a key near zero
+            is_rounded = tl.abs(squares - 1.0) < MOST_ROUNDED
+            by = tl.where(is_rounded, 1.0 / tl.where(is_rounded, squares, 1.0), 1.0)
+            value = tl.load(beta + t * b_t + head * b_h, mask=mask, other=0.0)
+            tl.store(strength + t * HV + head, value * by[:, None], mask=mask)
+        return
+    program -= gates
+    if program < lists:
+        n = program * SEQUENCES + tl.arange(0, SEQUENCES)
+        offset = tl.load(cu_seqlens + n * cu_s, mask=n <= N, other=0).to(tl.int32)
+        tl.store(offsets + n, offset, mask=n <= N)
+        if kept is not None:
+            tl.store(starts + n, first_row(offset, n, EVERY) + 1, mask=n <= N)
+        source = tl.load(state_indices + n * indices_s, mask=n < N, other=PAD).to(tl.int64)
+        writes = source > PAD
+        slot = source
+        row = own
+        if out_state_indices is not None:
+            at = out_state_indices + n * out_indices_s
+            slot = tl.load(at, mask=n < N, other=PAD).to(tl.int64)
+            writes = writes & (slot > PAD)
+            row += n
+        tl.store(slots + n, tl.where(writes, slot, row).to(tl.int32), mask=n < N)
+        return
+    if FILLS:
+        program -= lists
+        part = program % (V // FILLED)
+        head = program // (V // FILLED) % HV
+        n = program // (V // FILLED * HV)
+        source = tl.load(state_indices + n * indices_s).to(tl.int64)
+        if source <= PAD:
+            return
+        reads = n >= 0
+        if has_initial_state is not None:
+            reads = tl.load(has_initial_state + n * initial_s) != 0
+        target = source
+        if out_state_indices is not None:
+            target = tl.load(out_state_indices + n * out_indices_s).to(tl.int64)
+            if target <= PAD:
+                target = (own + n).to(tl.int64)
+        fills = (not reads) | (target != source)
+        keeps = n < 0
+        if kept is not None:
+            checkpoint = tl.load(checkpoint_offsets + n * checkpoints_s).to(tl.int32)
+            keeps = (checkpoint >= 0) & (checkpoint < EVERY)
+        if fills | keeps:
+            o_v = part * FILLED + tl.arange(0, FILLED)[:, None]
+            o_k = tl.arange(0, K)[None, :]
+            inside = head * state_h + o_v * state_v + o_k
+            value = tl.zeros([FILLED, K], state.dtype.element_ty)
+            if reads:
+                value = tl.load(state + source * state_s + inside)
+            if fills:
+                tl.store(state + target * state_s + inside, value)
+            if kept is not None:
+                if keeps:
+                    start = tl.load(cu_seqlens + n * cu_s).to(tl.int32)
+                    row = first_row(start, n, EVERY).to(tl.int64) * HV + head
+                    tl.store(kept + row * (V * K) + o_v * K + o_k, value.to(tl.float32))
+
+
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
+def _clear(
+    o, out, cu_seqlens, state_indices, N, T, out_t, out_h, out_v, cu_s, indices_s,
+    HV: tl.constexpr, V: tl.constexpr, PAD: tl.constexpr, COPIES: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    sequence, _, end, first = locate(cu_seqlens, cu_s, N, T, tl.program_id(0), ROWS)
+    if first >= end:
+        return
+    is_live = N < 0
+    if sequence < N:
+        is_live = tl.load(state_indices + sequence * indices_s) > PAD
+    if is_live and not COPIES:
+        return
+    row = first.to(tl.int64) + tl.arange(0, ROWS)[:, None]
+    v = tl.arange(0, V)[None, :]
+    inside = row < end
+    for head in range(HV):
+        value = tl.zeros([ROWS, V], o.dtype.element_ty)
+        if is_live:
+            value = tl.load(o + (row * HV + head) * V + v, mask=inside, other=0.0)
+        at = out + row * out_t + head * out_h + v * out_v
+        tl.store(at, value.to(out.dtype.element_ty), mask=inside)
+
+
+def unit(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Return q and k [T, H, K] normalised over K, rounded to their dtype and contiguous."""
+    T, H, K = q.shape
+    if q.stride(2) != 1 or k.stride(2) != 1:
+        q, k = q.contiguous(), k.contiguous()
+    out = torch.empty((2, T, H, K), dtype=q.dtype, device=q.device)
+    _unit[(ceil_div(2 * T * H, UNITS),)](
+        q, k, out, T * H, *q.stride()[:2], *k.stride()[:2], H, K, UNITS, num_warps=4,
+        enable_fp_fusion=FP_FUSION,
+    )  # fmt: skip
+    return out[0], out[1]
+
+
+class Placed:
+    """A batch as FlashInfer may be given it; the pool's rows hold what sequences start from.
+
+    Attributes:
+        alpha: [T, HV] linear decay.
+        beta: [T, HV] write strength.
+        cu_seqlens: [N + 1] int32.
+        slots: [N] int32 rows of the pool, or of ``own``, counted from the pool's first.
+        own: memory for what may write no slot.
+        kept: [rows, HV, V, K] float32 where checkpoints are wanted: a sequence's initial state,
+            and room for the states every EVERY tokens behind it.
+        starts: [N + 1] int32 rows of ``kept`` behind the sequences' initial states.
+    """
+
+    __slots__ = ("alpha", "beta", "cu_seqlens", "kept", "own", "slots", "starts")
+
+    def __init__(
+        self,
+        g: Tensor,
+        beta: Tensor,
+        keys: Tensor | None,
+        state: Tensor,
+        metadata: PrefillMetadata,
+        pad: int,
+    ) -> None:
+        """Make it, in one launch.
+
+        Args:
+            g: [T, HV] log decay.
+            beta: [T, HV] write strength.
+            keys: [T, H, K] unit vectors that were rounded, or None where keys are as meant.
+            state: the pool.
+            metadata: the batch.
+            pad: an index at or below it is padding.
+        """
+        (T, HV), N = g.shape, len(metadata.cu_seqlens) - 1
+        V, K = state.shape[2:]
+        H, gates = HV, GATES
+        if keys is not None:
+            H, gates = keys.shape[1], GATES_OF_KEYS
+        targets, fresh = metadata.out_state_indices, metadata.has_initial_state
+        checkpoints = metadata.checkpoint_offsets
+
+        def integers(count: int) -> Tensor:
+            return torch.empty(count, dtype=torch.int32, device=g.device)
+
+        self.alpha = torch.empty((T, HV), dtype=torch.float32, device=g.device)
+        self.beta = packed(beta) if keys is None else torch.empty_like(self.alpha)
+        self.cu_seqlens, self.slots = integers(N + 1), integers(N)
+        self.kept = self.starts = None
+        if checkpoints is not None:
+            rows = T // EVERY + N + 1
+            self.kept = torch.empty((rows, HV, V, K), dtype=torch.float32, device=g.device)
+            self.starts = integers(N + 1)
+        self.own, first = _rows_beside(state, 1 if targets is None else N)
+        fills = targets is not None or fresh is not None or checkpoints is not None
+        programs = ceil_div(T * H, gates) + ceil_div(N + 1, SEQUENCES)
+        if fills:
+            programs += N * HV * (V // FILLED.value)
+        _place[(programs,)](
+            g, beta, keys, self.alpha, self.beta, metadata.cu_seqlens, metadata.state_indices,
+            targets, fresh, checkpoints, self.cu_seqlens, self.slots, self.starts, state,
+            self.kept, T * H, N, first, *g.stride(), *beta.stride(),
+            metadata.cu_seqlens.stride(0), metadata.state_indices.stride(0),
+            *strides(targets, 1), *strides(fresh, 1), *strides(checkpoints, 1),
+            *state.stride()[:3], H, HV, K, V, pad, fills, EVERY, gates, power_of_two(HV // H),
+            SEQUENCES, num_warps=4, enable_fp_fusion=FP_FUSION,
+        )  # fmt: skip
+
+
+def clear(o: Tensor, out: Tensor, metadata: PrefillMetadata, pad: int) -> None:
+    """Write zeros to rows of padding and of nobody; copy the others of ``o`` where not ``out``."""
+    (T, HV, V), N = out.shape, len(metadata.cu_seqlens) - 1
+    _clear[(num_programs(T, N, ROWS),)](
+        o, out, metadata.cu_seqlens, metadata.state_indices, N, T, *out.stride(),
+        metadata.cu_seqlens.stride(0), metadata.state_indices.stride(0), HV, V, pad,
+        o is not out, ROWS, num_warps=4, enable_fp_fusion=FP_FUSION,
+    )  # fmt: skip
+
+
+def _rows_beside(state: Tensor, count: int) -> tuple[Tensor, int]:
+    """Return memory for ``count`` rows like the pool's, and the index the pool has for the first.
+
+    An index is a distance in slots, so a row has to lie a whole number of them from the pool.
+    """
+    inner = zip(state.shape[1:], state.stride()[1:], strict=True)
+    span = sum((size - 1) * stride for size, stride in inner) + 1
+    pitch = state.stride(0) * state.element_size()
+    if span > state.stride(0):
+        raise InputError(f"slots lie {state.stride(0)} numbers apart, needs at least {span}")
+    memory = torch.empty((count + 1) * pitch, dtype=torch.uint8, device=state.device)
+    first = -((state.data_ptr() - memory.data_ptr()) // pitch)
+    if not -(2**31) <= first < 2**31 - count:
+        raise InputError(f"new memory is {first} slots from the pool, needs fewer than 2 ** 31")
+    return memory, first
