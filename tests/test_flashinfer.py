@@ -243,7 +243,8 @@ def test_a_library_in_order_serves(site: Site) -> None:
 
     ops = bind(SPEC, HOPPER, backend="cuda")
 
-    assert ops.kernels[Op.CHUNK_PREFILL] == CHUNK
+    among = ops.kernels[Op.CHUNK_PREFILL].removeprefix("measured.chunk_prefill: ").split(" | ")
+    assert {CHUNK, "triton.chunk_prefill"} <= set(among)
     assert ops.kernels[Op.RECURRENT_DECODE] == "triton.recurrent_decode"
     named = {Op.RECURRENT_DECODE: "flashinfer.recurrent_decode"}
     assert bind(SPEC, HOPPER, backend="cuda", kernels=named).kernels[Op.RECURRENT_DECODE] == (

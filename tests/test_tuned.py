@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gdn_backend_cuda
 import pytest
 import torch
 
 from gdn_portable import Device, GdnSpec, Op, TunedFileError, bind, select, tuned
+from gdn_portable.bench.cases import LAYER
 from gdn_portable.tuned import Cell, Layer, file_name, find, open_file, read, user_folder, versions
 from tests.fakes import HOPPER, SPEC, install
 from tests.tuned import BY_CELL, H200, ONE_LONG, A, B, backend_of_measured, keep
@@ -240,3 +242,26 @@ def test_without_a_home_the_shipped_times_serve(
 
     assert user_folder() is None
     assert _find(tmp_path) is not None
+
+
+SHIPPED = sorted(Path(gdn_backend_cuda.__file__).parent.glob("tuned/*.json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.name[:20] for path in SHIPPED])
+def test_shipped_times_are_whole_and_of_kernels_that_there_are(path: Path) -> None:
+    shipped = read(path)
+
+    assert path.name == file_name(shipped.device, shipped.versions)
+    for by_op in shipped.layers.values():
+        for op, times in by_op.items():
+            names = {kernel.name for kernel in gdn_backend_cuda.TABLE if kernel.op is op}
+            assert {frozenset(cell) for cell in times.values()} == {frozenset(names)}
+            assert all(time for cell in times.values() for time in cell.values())
+
+
+def test_times_of_an_h200_are_shipped_for_both_ops() -> None:
+    for op in (Op.CHUNK_PREFILL, Op.PREFILL_STEP):
+        names = frozenset(k.name for k in gdn_backend_cuda.TABLE if k.op is op)
+        found = find(LAYER, H200, op, names, gdn_backend_cuda.TUNED)
+
+        assert found is not None and found.layer == Layer.of(LAYER)
