@@ -163,7 +163,7 @@ def _slot_table(ops: GdnOps, size: int, pool: StatePool) -> None:
     _verify(ops, size, pool, None)
 
 
-REPLAY = {"_prepare", "_replay", "_gated_rms_norm", "_commit_replay"}
+REPLAY = {"prepare", "_replay", "_gated_rms_norm", "_commit_replay"}
 VERIFY = {"_conv1d_verify", "_gated_rms_norm"}
 
 

@@ -10,10 +10,9 @@ c the norms' inverses, G the sums of g along the path to a row, and a row's ance
     o_i  = Y_i + sum_j E_ij D_j                  i a query, j its key and the keys above
     S    = exp(G_n) S + sum_j D_j X_j c_j exp(G_n - G_j)     j the pending keys, n the last of them
 
-The first kernel solves the R x R problem of every head, so that D and what it adds to o are a
-product with one matrix, and gathers X: what is pending is replaced only once it has been read. The
-second one reads, uses and writes the state. The inverse is exact doubling of its diagonal blocks: a
-Neumann series fails where a token repeats.
+The first kernel, see ``replay_inputs``, gathers X and v and solves the R x R problem of every head,
+so that D and what it adds to o are a product with one matrix. The second one reads, uses and writes
+the state.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from gdn_backend_triton.launch import (
     power_of_two,
 )
 from gdn_backend_triton.maths import upper_half
-from gdn_backend_triton.replay_inputs import _prepare, place
+from gdn_backend_triton.replay_inputs import place, prepare
 from gdn_backend_triton.taps import strides
 from gdn_portable.errors import InputError
 from gdn_portable.metadata import Drafts, ReplayDrafts, VerifyMetadata
@@ -63,11 +62,14 @@ class Tiles(NamedTuple):
 # by architecture; then by bytes of a state's element, the most sequences times value heads, and the
 # tile
 TILES: dict[str, Tiles] = {
+    # H200, H16/HV32, K = V = 128, P = 4, 3 replayed, with the conv, 16 rows against 32: 20.0 / 17.8
+    # us at B = 8, 52.6 / 54.6 at 32 and 185 / 189 at 128 with a float32 state, 13.2 / 13.5, 34.8 /
+    # 35.4 and 121 / 126 with bfloat16
     "cuda": Tiles(
         2,
         {
-            4: ((float("inf"), Tile(32, 16, 4, 1)),),
-            2: ((float("inf"), Tile(32, 32, 8, 1)),),
+            4: ((256, Tile(32, 16, 4, 1)), (float("inf"), Tile(16, 16, 4, 1))),
+            2: ((float("inf"), Tile(16, 32, 8, 1)),),
         },
     ),
     "rocm": Tiles(
@@ -88,7 +90,7 @@ def _dot_terms(S, X, y, TERMS: tl.constexpr, PRECISION: tl.constexpr):
         S: float32.
         X: in the activations' dtype.
         y: float32.
-        TERMS: of S in X's dtype; -2 for two terms of TF32, 0 for one of float32.
+        TERMS: of S in X's dtype, 3 in bfloat16 alone; -2 for two of TF32, 0 for one of float32.
         PRECISION: of a product of float32.
     """
     if TERMS == -2:
@@ -115,24 +117,49 @@ def _dot_terms(S, X, y, TERMS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _fetch(pointers, mask, there):
-    """Load where ``there``, which is true: behind a branch, loads are not waited for one by one.
-
-    The compiler moves a change of layout up to the load that it can reach.
-    """
-    x = tl.zeros(pointers.shape, pointers.dtype.element_ty)
-    if there:
-        x = tl.load(pointers, mask=mask, other=0.0)
-    return x
+def _load(pointers, step, mask, COUNT: tl.constexpr):
+    """Return COUNT tiles, ``step`` elements apart, each its own tensor: few registers at a time."""
+    tiles = ()
+    for n in tl.static_range(COUNT):
+        tiles = tiles + (tl.load(pointers + n * step, mask=mask, other=0.0),)
+    return tiles
 
 
 @triton.jit
-def _fetch_chunks(pointers, step, mask, there, CHUNKS: tl.constexpr):
-    """Return chunks of K, ``step`` elements apart, each its own tensor: few registers at a time."""
-    chunks = ()
-    for n in tl.static_range(CHUNKS):
-        chunks = chunks + (_fetch(pointers + n * step, mask, there),)
-    return chunks
+def _zeros(pointers, COUNT: tl.constexpr):
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros(pointers.shape, pointers.dtype.element_ty),)
+    return tiles
+
+
+@triton.jit
+def _fetch_state(state, step, there, CHUNKS: tl.constexpr):
+    """Load chunks of K where ``there``, which is true, see :func:`_fetch_inputs`."""
+    S = _zeros(state, CHUNKS)
+    if there:
+        S = _load(state, step, there, CHUNKS)
+    return S
+
+
+@triton.jit
+def _fetch_inputs(
+    X, X_step, X_mask, solved, solved_step, solved_mask, values, values_mask, there,
+    CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Load all that was prepared where ``there``, which is true.
+
+    The compiler puts what follows a load right behind it, and so would wait for one after the
+    other; it moves nothing into a branch.
+    """
+    X_chunks = _zeros(X, CHUNKS)
+    terms = _zeros(solved, 3)
+    v = tl.zeros(values.shape, values.dtype.element_ty)
+    if there:
+        X_chunks = _load(X, X_step, X_mask, CHUNKS)
+        terms = _load(solved, solved_step, solved_mask, 3)
+        v = tl.load(values, mask=values_mask, other=0.0)
+    return X_chunks, terms, v
 
 
 @triton.jit
@@ -148,17 +175,6 @@ def _interleave(x, WIDTH: tl.constexpr):
     COLUMNS: tl.constexpr = x.shape[1]
     x = tl.reshape(x, (ROWS, COLUMNS // (4 * WIDTH), 4, WIDTH // 2, 2))
     return tl.reshape(tl.permute(x, (0, 1, 3, 2, 4)), (ROWS, COLUMNS))
-
-
-@triton.jit
-def _interleave_rows(x, WIDTH: tl.constexpr):
-    """Return each 4 * WIDTH rows in the order of :func:`_interleave`."""
-    if WIDTH == 2:
-        return x
-    ROWS: tl.constexpr = x.shape[0]
-    COLUMNS: tl.constexpr = x.shape[1]
-    x = tl.reshape(x, (ROWS // (4 * WIDTH), 4, WIDTH // 2, 2, COLUMNS))
-    return tl.reshape(tl.permute(x, (0, 2, 1, 3, 4)), (ROWS, COLUMNS))
 
 
 @triton.jit
@@ -178,9 +194,8 @@ def _replay(
     state_s, state_h, state_v, state_k, indices_b, accepted_b, cu_b, out_t, out_h, out_v,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr,
     ROOM: tl.constexpr, R: tl.constexpr, RK: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
-    STRIDE: tl.constexpr, STRIDE_V: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
-    PAD: tl.constexpr, TERMS: tl.constexpr, UPDATE_TERMS: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr, TERMS: tl.constexpr,
+    UPDATE_TERMS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = V // BV
     KEYS: tl.constexpr = ROOM + P
@@ -210,37 +225,35 @@ def _replay(
     c = tl.arange(0, R)[None, :]
     o_k = tl.arange(0, BK)[None, :]
     state += slot * state_s + head * state_h + o_v * state_v + o_k * state_k
-    S = _fetch_chunks(state, BK * state_k, there, there, CHUNKS)
+    S = _fetch_state(state, BK * state_k, there, CHUNKS)
     if PDL:
         # nothing above was the kernel's before
         tl.extra.cuda.gdc_wait()
-    rows_of_X += (sequence.to(tl.int64) * H + head // (HV // H)) * (R * STRIDE)
-    # transposed: of the state's shape and order, it would be given the state's vectors
-    X = tl.arange(0, BK)[:, None] + c * STRIDE
-    X = _fetch_chunks(rows_of_X + X, BK, c < KEYS + P, there, CHUNKS)
+    # transposed: of the state's shape and order, X would be given the state's vectors
+    rows_of_X += (sequence.to(tl.int64) * H + head // (HV // H)) * (R * K)
+    rows_of_X += tl.arange(0, BK)[:, None] + c * K
+    values += (sequence.to(tl.int64) * (KEYS * HV) + head) * V + o_v + c * (HV * V)
     solution += (sequence * HV + head).to(tl.int64) * SIZE
-    key = r if WIDTH == 2 else r // 16 * 16 + r % 4 // 2 * 8 + r % 16 // 4 * 2 + r % 2
-    is_solved = (key < KEYS) & ((c < ROOM) | ((c >= KEYS) & (c < KEYS + P)))
-    solved = (solution + 2 * R).to(tl.pointer_type(tl.bfloat16), bitcast=True) + c * (R + 4) + r
-    solved = _fetch_chunks(solved, R * (R + 4), is_solved, there, 3)
     decay = tl.load(solution + c, mask=c < KEYS + P, other=0.0)
     left = tl.load(solution + R + c, mask=c < ROOM, other=0.0)
     decay_left = tl.load(solution + R + ROOM)
-    values += sequence.to(tl.int64) * (KEYS * STRIDE_V) + head * V + o_v
-    v = _fetch(values + c * STRIDE_V, c < KEYS, there).to(tl.float32)
+    solved = (solution + 2 * R).to(tl.pointer_type(tl.bfloat16), bitcast=True) + c * R + r
+    is_solved = (r < KEYS) & ((c < ROOM) | ((c >= KEYS) & (c < KEYS + P)))
+    X, solved, v = _fetch_inputs(
+        rows_of_X, BK, c < KEYS + P, solved, R * R, is_solved, values, c < KEYS, there, CHUNKS
+    )
 
     Y = tl.zeros([BV, R], tl.float32)
     for n in tl.static_range(CHUNKS):
         chunk = _interleave(S[n], WIDTH).to(tl.float32)
-        Y = _dot_terms(chunk, _interleave_rows(X[n], WIDTH), Y, TERMS, PRECISION)
+        Y = _dot_terms(chunk, X[n], Y, TERMS, PRECISION)
     Y *= decay
-    SOLVED_WIDTH: tl.constexpr = 4 if WIDTH > 2 else 2
-    rest = v - Y
+    rest = v.to(tl.float32) - Y
     D = tl.zeros([BV, R], tl.float32)
     for i in tl.static_range(3):
         term, rest = upper_half(rest)
         for j in tl.static_range(3 - i):
-            D = tl.dot(term, _interleave_rows(solved[j], SOLVED_WIDTH), D)
+            D = tl.dot(term, solved[j], D)
     o = Y + D
     is_query = (c >= KEYS) & (c < KEYS + count)
     out += (row + c - KEYS) * out_t
@@ -249,8 +262,7 @@ def _replay(
         D *= left
         for n in tl.static_range(CHUNKS):
             updated = _interleave(S[n], WIDTH).to(tl.float32) * decay_left
-            rows = tl.trans(_interleave_rows(X[n], WIDTH))
-            updated = _dot_terms(D, rows, updated, UPDATE_TERMS, PRECISION)
+            updated = _dot_terms(D, tl.trans(X[n]), updated, UPDATE_TERMS, PRECISION)
             updated = _deinterleave(updated.to(state.dtype.element_ty), WIDTH)
             tl.store(state + n * BK * state_k, updated)
 
@@ -275,7 +287,7 @@ def make_replay(spec: GdnSpec, device: Device, *, deterministic: bool) -> Callab
     plain = {"enable_fp_fusion": FP_FUSION}
     options = {**plain, "launch_pdl": True} if overlaps else plain
     parts = H + ceil_div(HV * V, 2 * K)
-    ratio = power_of_two(HV // H)
+    group = power_of_two(HV // H)
 
     @functools.cache
     def fit(P: int, room: int, heads: int) -> tuple[tuple[int, ...], Tile]:
@@ -296,11 +308,10 @@ def make_replay(spec: GdnSpec, device: Device, *, deterministic: bool) -> Callab
             return
         sizes, (rows, chunk, width, warps) = fit(P, drafts.k.shape[1], B * HV)
         _, room, R, RK = sizes
-        # strides and sizes of scratch memory; 4 more are 8 bytes: no wider vectors than wanted
-        strides_of_X = K + 4 if width == 4 else K, HV * V + 4, 2 * R + 3 * R * (R + 4) // 2 + R * RK
-        X = torch.empty(B * H * R * strides_of_X[0], dtype=out.dtype, device=out.device)
-        values = torch.empty(B * (room + P) * strides_of_X[1], dtype=out.dtype, device=out.device)
-        solution = torch.empty(B * HV * strides_of_X[2], dtype=torch.float32, device=out.device)
+        size = 2 * R + 3 * R * R // 2 + R * RK
+        X = torch.empty(B * H * R * K, dtype=q.dtype, device=q.device)
+        values = torch.empty(B * (room + P) * HV * V, dtype=q.dtype, device=q.device)
+        solution = torch.empty(B * HV * size, dtype=torch.float32, device=q.device)
         indices, accepted = metadata.state_indices, metadata.num_accepted
         batch = indices.stride(0), *strides(accepted, 1), *strides(cu, 1)
         weight, bias, conv_state = convolution or (None, None, None)
@@ -308,20 +319,20 @@ def make_replay(spec: GdnSpec, device: Device, *, deterministic: bool) -> Callab
         if convolution is not None:
             qkv = (q.stride(0), 0, 0, 0, 0, 0, q.stride(1))
         if B:
-            _prepare[(B * parts,)](
+            prepare[(B * parts,)](
                 q, k, v, weight, bias, conv_state, drafts.conv_inputs, a, b, A_log, dt_bias,
                 indices, accepted, cu, parents, drafts.k, drafts.v, drafts.g, drafts.beta, X,
                 values, solution, spec.q_scale, B, T, *qkv, *strides(weight, 2),
                 *strides(bias, 1), *strides(conv_state, 3), *drafts.conv_inputs.stride(),
                 *a.stride(), *b.stride(), A_log.stride(0), dt_bias.stride(0), *batch,
                 *strides(parents, 2), *drafts.k.stride(), *drafts.v.stride(), *drafts.g.stride(),
-                *drafts.beta.stride(), H, HV, K, V, W, *sizes, power_of_two(P), ratio,
-                *strides_of_X, width, PAD, spec.qk_l2norm, spec.activation == "silu", precision,
-                overlaps, num_warps=prepare_warps if R == 16 else 8, num_stages=1, **plain,
+                *drafts.beta.stride(), H, HV, K, V, W, *sizes, power_of_two(P), group, size,
+                width, PAD, spec.qk_l2norm, spec.activation == "silu", precision, overlaps,
+                num_warps=prepare_warps if R == 16 else 8, num_stages=1, **plain,
             )  # fmt: skip
         _replay[(sequences * HV * (V // rows),)](
             state, indices, accepted, cu, X, values, solution, out, B, T, *state.stride(), *batch,
-            *out.stride(), H, HV, K, V, *sizes, rows, chunk, *strides_of_X, width, PAD, terms,
+            *out.stride(), H, HV, K, V, *sizes, rows, chunk, size, width, PAD, terms,
             update_terms, precision, overlaps, num_warps=warps, num_stages=1, **options,
         )  # fmt: skip
 
@@ -350,8 +361,7 @@ def _terms(spec: GdnSpec, device: Device) -> tuple[int, int]:
     terms = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1}[spec.state_dtype]
     has_exact_tf32 = device.kind == "cuda" and spec.dtype is not torch.float32
     if spec.dtype is torch.bfloat16:
-        exact = terms
-        return exact, max(terms, 2)
+        return terms, max(terms, 2)
     change = -2 if has_exact_tf32 else 0
     return (1 if spec.dtype is spec.state_dtype is torch.float16 else change), change
 

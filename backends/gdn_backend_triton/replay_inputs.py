@@ -43,6 +43,13 @@ def place(
 
 
 @triton.jit
+def _column(k, WIDTH: tl.constexpr):
+    """Return where column ``k`` of X is stored, as ``replay`` interleaves those of the state."""
+    inside = k % WIDTH // 2 * 8 + k // WIDTH % 4 * 2 + k % 2
+    return k // (4 * WIDTH) * (4 * WIDTH) + inside
+
+
+@triton.jit
 def _path(parents, parents_p, draft, count, P: tl.constexpr):
     """Return as bits which drafts lie between the root and each of ``draft``, both included."""
     at = tl.where((draft >= 0) & (draft < count), draft, -1)
@@ -85,17 +92,16 @@ def _solve(
     rows_of_X, solution, g_of_heads, beta_of_heads, parents, parents_p, scale, count,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     ROOM: tl.constexpr, R: tl.constexpr, RK: tl.constexpr, RP: tl.constexpr,
-    STRIDE: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SIZE: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Solve the problems of HEADS value heads that share the rows of X.
 
     ``solution`` has per head: row 0, what scales S X; row 1, what scales D for the update, then
-    the state's decay; then what row i of D sums, as three terms of bfloat16, [3, R, R + 4]; behind
+    the state's decay; then what row i of D sums, as three terms of bfloat16, [3, R, R]; behind
     them what substitution adds.
     """
     KEYS: tl.constexpr = ROOM + P
-    SOLVED: tl.constexpr = 2 * R + 3 * R * (R + 4) // 2
+    SOLVED: tl.constexpr = 2 * R + 3 * R * R // 2
     r1 = tl.arange(0, R)
     r = r1[:, None]
     c = r1[None, :]
@@ -106,7 +112,7 @@ def _solve(
         path = _path(parents, parents_p, last - ROOM, count, P)
         above &= (c < ROOM) | ((path[:, None] >> tl.maximum(c - ROOM, 0)) & 1 == 1)
     BK: tl.constexpr = min(K, 64)
-    rows_of_X += r * STRIDE + tl.arange(0, BK)[None, :]
+    rows_of_X += r * K + tl.arange(0, BK)[None, :]
     products = tl.zeros([R, R], tl.float32)
     for n in tl.static_range(K // BK):
         X = tl.load(rows_of_X + n * BK, mask=r < KEYS + P, other=0.0)
@@ -179,16 +185,16 @@ def _solve(
             value = tl.load(work + (KEYS + i) * RK + r, mask=mask & (r < KEYS), other=0.0)
             asked = tl.where(t == i, tl.sum(value * solved, 0)[None, :], asked)
     target = (solution + 2 * R + head * SIZE).to(tl.pointer_type(tl.bfloat16), bitcast=True)
-    target += c // 16 * 16 + c % 8 // 2 * 4 + c % 16 // 8 * 2 + c % 2 if WIDTH > 2 else c
+    target += c
     for i in tl.static_range(3):
         term, solved = upper_half(solved)
-        tl.store(target + (i * R + r) * (R + 4), term, mask=mask & (r < ROOM))
+        tl.store(target + (i * R + r) * R, term, mask=mask & (r < ROOM))
         term, asked = upper_half(asked)
-        tl.store(target + (i * R + KEYS + t) * (R + 4), term, mask=mask & (t < P))
+        tl.store(target + (i * R + KEYS + t) * R, term, mask=mask & (t < P))
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
-def _prepare(
+def prepare(
     q, k, v, weight, bias, conv_state, conv_inputs, a, b, A_log, dt_bias, state_indices,
     num_accepted, cu_seqlens, parents, kept_k, kept_v, kept_g, kept_beta, rows_of_X, values,
     solution, scale, B, T,
@@ -199,10 +205,13 @@ def _prepare(
     kept_beta_s, kept_beta_p, kept_beta_h,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     P: tl.constexpr, ROOM: tl.constexpr, R: tl.constexpr, RK: tl.constexpr, RP: tl.constexpr,
-    GROUP: tl.constexpr, STRIDE: tl.constexpr, STRIDE_V: tl.constexpr, SIZE: tl.constexpr,
-    WIDTH: tl.constexpr, PAD: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr,
+    NORM: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Fill ``rows_of_X``, ``values`` and ``solution``, and keep the new drafts.
+
+    With ``weight`` q is the convolution's input and k and v are not read.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     KEYS: tl.constexpr = ROOM + P
@@ -245,14 +254,14 @@ def _prepare(
             window, conv_l, conv_inputs, inputs_p, accepted, mask, W, W - 1, "replay"
         )
     kept_k += slot * kept_k_s + part * kept_k_h
-    rows_of_X += (sequence.to(tl.int64) * H + part) * (R * STRIDE)
+    rows_of_X += (sequence.to(tl.int64) * H + part) * (R * K)
     # blocks of channels are heads of v, some or part of one
     head_v = first_v // V + o // V
     o_v = o % V
     if V > 2 * K:
         o_v += first_v % V
     kept_values = kept_v + slot * kept_v_s + head_v * kept_v_h + o_v * kept_v_v
-    rows_of_values = values + sequence.to(tl.int64) * (KEYS * STRIDE_V) + first_v + o
+    rows_of_values = values + sequence.to(tl.int64) * (KEYS * HV * V) + first_v + o
     if is_head:
         o_k = tl.arange(0, K)
         keys = tl.tuple([])
@@ -260,14 +269,14 @@ def _prepare(
             source = kept_k + r * kept_k_p + o_k * kept_k_k
             keys = keys + (tl.load(source, mask=(r < pending) & (o_k >= 0), other=0.0),)
         for r in tl.static_range(ROOM):
-            tl.store(rows_of_X + r * STRIDE + o_k, keys[r])
+            tl.store(rows_of_X + r * K + _column(o_k, WIDTH), keys[r])
     else:
         old_values = tl.tuple([])
         for r in tl.static_range(ROOM):
             value = tl.load(kept_values + r * kept_v_p, mask=mask & (r < pending), other=0.0)
             old_values = old_values + (value,)
         for r in tl.static_range(ROOM):
-            tl.store(rows_of_values + r * STRIDE_V, old_values[r], mask=mask)
+            tl.store(rows_of_values + r * (HV * V), old_values[r], mask=mask)
     head = tl.minimum(part, H - 1) * HEADS
     kept_g += slot * kept_g_s + head * kept_g_h
     kept_beta += slot * kept_beta_s + head * kept_beta_h
@@ -299,12 +308,12 @@ def _prepare(
                 value = tl.load(at, mask=there & mask, other=0.0)
             drafts = drafts + (value,)
     if is_head:
-        target = rows_of_X + tl.where(o < K, KEYS, ROOM) * STRIDE + o % K
+        target = rows_of_X + tl.where(o < K, KEYS, ROOM) * K + _column(o % K, WIDTH)
         for t in tl.static_range(P):
-            tl.store(target + t * STRIDE, drafts[t])
+            tl.store(target + t * K, drafts[t])
     else:
         for t in tl.static_range(P):
-            tl.store(rows_of_values + (ROOM + t) * STRIDE_V, drafts[t], mask=mask)
+            tl.store(rows_of_values + (ROOM + t) * (HV * V), drafts[t], mask=mask)
 
     # other threads may store what a thread has yet to load, and load what it has stored
     tl.debug_barrier()
@@ -325,8 +334,7 @@ def _prepare(
             tl.store(kept_beta + j * kept_beta_p + n * kept_beta_h, beta[n], mask=is_key)
         _solve(
             rows_of_X, solution + (sequence * HV + head).to(tl.int64) * SIZE, g, beta, parents,
-            parents_p, scale, count, HEADS, GROUP, K, P, ROOM, R, RK, RP, STRIDE, SIZE, WIDTH,
-            NORM, PRECISION,
+            parents_p, scale, count, HEADS, GROUP, K, P, ROOM, R, RK, RP, SIZE, NORM, PRECISION,
         )  # fmt: skip
     else:
         for t in tl.static_range(P):

@@ -30,7 +30,7 @@ def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> V
     HV, V = spec.num_v_heads, spec.head_v_dim
     options = {"deterministic": deterministic}
     conv1d_verify = make_conv1d_verify(spec, device, **options, pdl=can_overlap(device))
-    recurrence = make_recurrence(spec, device, **options, packed=True)
+    recurrence = make_recurrence(spec, device, packed=True)
     replay = make_replay(spec, device, **options)
     gated_rms_norm = make_gated_rms_norm(spec, device, **options)
 
