@@ -164,6 +164,7 @@ def _slot_table(ops: GdnOps, size: int, pool: StatePool) -> None:
     _verify(ops, size, pool, None)
 
 
+REPLAY = {"prepare", "_replay", "_gated_rms_norm", "_commit_replay"}
 VERIFY = {"_conv1d_verify", "_gated_rms_norm"}
 
 
@@ -172,8 +173,8 @@ VERIFY = {"_conv1d_verify", "_gated_rms_norm"}
     [
         (_prefill, {"_front_end", "attend", "invert", "_scan", "_gated_rms_norm"}),
         (_decode, {"_conv1d_update", "_decode"}),
-        (_replay, VERIFY | {"_solve", "_replay", "_commit_replay"}),
-        (_replay_of_a_tree, VERIFY | {"_solve", "_replay", "_commit_replay", "_fill_parents"}),
+        (_replay, REPLAY),
+        (_replay_of_a_tree, REPLAY | {"_fill_parents"}),
         (_snapshots, VERIFY | {"_recurrent", "_commit_snapshots"}),
         (_snapshots_of_a_tree, VERIFY | {"_recurrent", "_commit_snapshots", "_fill_parents"}),
         (_slot_table, VERIFY | {"_recurrent"}),

@@ -108,6 +108,23 @@ def test_the_fewest_and_the_most_drafts_are_replayed(
     )
 
 
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("P", [4, 9])
+def test_replay_in_the_order_of_nvidia_s_tensor_cores(
+    amd_gpu: Simulator, monkeypatch: pytest.MonkeyPatch, P: int, state_dtype: torch.dtype
+) -> None:
+    from gdn_backend_triton.replay import TILES
+
+    monkeypatch.setitem(TILES, "rocm", TILES["cuda"])
+    spec = replace(SPEC, head_k_dim=64, state_dtype=state_dtype)
+
+    check(
+        Op.VERIFY_STEP,
+        verify(spec, P, drafts=pending(spec, P), num_accepted=slots(P, 0, 1)),
+        spec,
+    )
+
+
 def test_more_drafts_may_be_pending_than_are_verified(amd_gpu: Simulator) -> None:
     call = verify(SPEC, 3, drafts=pending(SPEC, 12), num_accepted=slots(9, 0, 12))
 

@@ -56,7 +56,7 @@ def _store_zeros(out, out_t, count, mask, P: tl.constexpr):
 
 
 @triton.jit
-def _window_before(
+def window_before(
     window, state_l, kept, kept_p, accepted, mask, W: tl.constexpr, L: tl.constexpr,
     PROTOCOL: tl.constexpr,
 ):  # fmt: skip
@@ -86,7 +86,7 @@ def _window_before(
 
 
 @triton.jit
-def _ancestors(history, x, x_t, parents, parents_p, length, mask, P: tl.constexpr, W: tl.constexpr):
+def ancestors(history, x, x_t, parents, parents_p, length, mask, P: tl.constexpr, W: tl.constexpr):
     """Return the W inputs of each of P drafts of a tree, oldest first: number t * W + i."""
     inputs = tl.tuple([])
     for t in tl.static_range(P):
@@ -154,13 +154,13 @@ def _conv1d_verify(
     window = conv_state + slot * state_s + d * state_d
     if PROTOCOL == "replay":
         kept += slot * kept_s + d * kept_d
-    history = _window_before(window, state_l, kept, kept_p, accepted, mask, W, L, PROTOCOL)
+    history = window_before(window, state_l, kept, kept_p, accepted, mask, W, L, PROTOCOL)
     STEP: tl.constexpr = 1 if parents is None else W
     if parents is None:
         inputs = history + drafted
     else:
         branch = parents + sequence.to(tl.int64) * parents_b
-        inputs = _ancestors(history, x, x_t, branch, parents_p, length, mask, P, W)
+        inputs = ancestors(history, x, x_t, branch, parents_p, length, mask, P, W)
     # other threads may store what a thread has yet to load: out may be x
     tl.debug_barrier()
 

@@ -37,3 +37,14 @@ def activate(x, SILU: tl.constexpr):
     if SILU:
         x = silu(x)
     return x
+
+
+@triton.jit
+def upper_half(x):
+    """Return x without the lower half of its bits, in bfloat16, and what is left.
+
+    Three of these hold all bits of a float32, and cost less than rounding does.
+    """
+    bits = x.to(tl.uint32, bitcast=True) & 0xFFFF0000
+    half = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return half, x - bits.to(tl.float32, bitcast=True)

@@ -21,12 +21,18 @@ from gdn_backend_triton.launch import (
     refuse_gradients,
 )
 from gdn_backend_triton.maths import gates
-from gdn_backend_triton.replay import make_replay, refuse_large_trees
+from gdn_backend_triton.replay import can_overlap, make_replay, refuse_large_trees
 from gdn_backend_triton.taps import strides
 from gdn_backend_triton.trees import fill_parents
 from gdn_portable.errors import InputError
 from gdn_portable.interface import MtpVerify
-from gdn_portable.metadata import Drafts, ReplayDrafts, VerifyMetadata, draft_protocol
+from gdn_portable.metadata import (
+    Drafts,
+    ReplayDrafts,
+    SnapshotDrafts,
+    VerifyMetadata,
+    draft_protocol,
+)
 from gdn_portable.spec import Device, GdnSpec
 
 
@@ -37,12 +43,19 @@ class Tile(NamedTuple):
     warps: int
 
 
-# by architecture: the most sequences times value heads, and the tile
-TILES: dict[str, tuple[tuple[float, Tile], ...]] = {
-    "cuda": ((512, Tile(8, 1)), (float("inf"), Tile(16, 1))),
-    "rocm": ((float("inf"), Tile(16, 1)),),
-}
-LANES = 32  # of K that lie in a row's neighbouring threads; the rest is summed within a thread
+# H200, H16/HV32, K = V = 128, P = 4, slot table, with the conv: 26 / 375 us at B = 8 / 128 with a
+# float32 state, 20 / 246 with bfloat16
+TILES = {"cuda": Tile(8, 1), "rocm": Tile(16, 1)}
+
+
+@triton.jit
+def _product(x, y):
+    """Return the sum over K of x * y, the same bits in every thread.
+
+    Products are rounded before they are added: fused with the first sum of two threads, each
+    thread would round the other's product and not its own. The sums over S begin within a thread.
+    """
+    return tl.sum(tl.sum(tl.fma(x, y, 0.0), 1), 0)
 
 
 @triton.jit
@@ -65,8 +78,8 @@ def _recurrent(
     state_s, state_h, state_v, state_k, indices_b, indices_p, accepted_b, cu_b,
     parents_b, parents_p, kept_r, kept_p, kept_h, kept_v, kept_k, rows_b, out_t, out_h, out_v,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr,
-    BV: tl.constexpr, LANES: tl.constexpr, PAD: tl.constexpr, NORM: tl.constexpr,
-    PDL: tl.constexpr, K_START: tl.constexpr, V_START: tl.constexpr,
+    BV: tl.constexpr, PAD: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    K_START: tl.constexpr, V_START: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = V // BV
     part = tl.program_id(0) % PARTS
@@ -75,8 +88,7 @@ def _recurrent(
     key_head = head // (HV // H)
     in_batch = sequence < B
     o_v = part * BV + tl.arange(0, BV)
-    # rows lie between the two axes of K, so that only the last one is spread over threads
-    o_k = tl.arange(0, K // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    o_k = tl.arange(0, K)[None, :]
 
     state_indices += sequence.to(tl.int64) * indices_b
     column = 0
@@ -101,7 +113,7 @@ def _recurrent(
             tl.store(out + t.to(tl.int64) * out_t, tl.zeros([BV], out.dtype.element_ty))
         return
 
-    in_state = o_v[None, :, None] * state_v + (o_k * state_k)[:, None, :]
+    in_state = o_v[:, None] * state_v + o_k * state_k
     if count <= 0:
         return
     state += head * state_h
@@ -111,7 +123,7 @@ def _recurrent(
         if rows is not None:
             kept_row = tl.load(rows + sequence * rows_b).to(tl.int64)
         kept += kept_row * kept_r + head * kept_h
-        in_kept = o_v[None, :, None] * kept_v + (o_k * kept_k)[:, None, :]
+        in_kept = o_v[:, None] * kept_v + o_k * kept_k
     if parents is not None:
         parents += sequence.to(tl.int64) * parents_b
     decay_rate = tl.load(A_log + head * A_log_h)
@@ -142,15 +154,15 @@ def _recurrent(
         key_norm = 1.0
         query_norm = scale
         if NORM:
-            key_norm = tl.rsqrt(tl.sum(tl.sum(key * key, 0), 0) + 1e-6)
-            query_norm = tl.rsqrt(tl.sum(tl.sum(query * query, 0), 0) + 1e-6) * scale
+            key_norm = tl.rsqrt(_product(key, key) + 1e-6)
+            query_norm = tl.rsqrt(_product(query, query) + 1e-6) * scale
         key *= key_norm
         query *= query_norm
-        predicted = tl.sum(tl.sum(S * key[:, None, :], 0), 1)
-        prior = tl.sum(tl.sum(S * query[:, None, :], 0), 1)
+        predicted = tl.sum(S * key, 1)
+        prior = tl.sum(S * query, 1)
         delta = beta * (value - decay * predicted)
-        o = decay * prior + delta * tl.sum(tl.sum(key * query, 0), 0)
-        S = S * decay + delta[None, :, None] * key[:, None, :]
+        o = decay * prior + delta * _product(key, query)
+        S = S * decay + delta[:, None] * key
         tl.store(out + t.to(tl.int64) * out_t, o.to(out.dtype.element_ty))
         if kept is None:
             if target > PAD:
@@ -163,62 +175,50 @@ def _recurrent(
         a_raw, b_raw, target = a_next, b_next, target_next
 
 
-class Verify(Protocol):
-    """What both the op and the step launch."""
+class Recurrence(Protocol):
+    """What both the op and the step launch where states are kept."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor,
-        dt_bias: Tensor, state: Tensor, *, metadata: VerifyMetadata, drafts: Drafts | None,
-        out: Tensor, gate: Tensor | None = None, norm_weight: Tensor | None = None,
-        eps: float = 1e-6,
-    ) -> bool:  # fmt: skip
-        """Launch on tensors that are there, links filled; return whether the gate was applied."""
+        dt_bias: Tensor, state: Tensor, *, metadata: VerifyMetadata,
+        drafts: SnapshotDrafts | None, out: Tensor,
+    ) -> None:  # fmt: skip
+        """Launch on tensors that are there, links filled."""
         ...
 
 
-def make_verify(
-    spec: GdnSpec, device: Device, *, deterministic: bool, pdl: bool, packed: bool
-) -> Verify:
-    """Return what launches the kernel of each protocol.
+def make_recurrence(spec: GdnSpec, device: Device, *, packed: bool) -> Recurrence:
+    """Return what launches the kernel of snapshots and slot tables.
 
     Args:
         spec: the layer.
         device: where.
-        deterministic: take one tile whatever the batch.
-        pdl: as ``make_replay`` takes it.
-        packed: q, k and v are each passed as all that the convolution wrote, [T, D].
+        packed: q, k and v are each passed as all that the convolution wrote, [T, D]; the kernel
+            in front is the convolution, and may not have ended where kernels can overlap.
     """
     H, HV, K, V = spec.num_k_heads, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
     D = spec.conv_dim
     starts = (H * K, 2 * H * K) if packed else (0, 0)
-    tiles = TILES.get(device.arch, TILES[device.kind])
-    lanes = min(LANES, K)
+    rows, warps = TILES.get(device.arch, TILES[device.kind])
+    rows = min(max(rows * 128 // max(K, 128), 1), V)
+    pdl = packed and can_overlap(device)
     options = {"enable_fp_fusion": FP_FUSION} | ({"launch_pdl": True} if pdl else {})
-    replay = make_replay(spec, device, deterministic=deterministic, pdl=pdl, starts=starts)
 
-    def verify(
+    def recurrence(
         q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
-        state: Tensor, *, metadata: VerifyMetadata, drafts: Drafts | None, out: Tensor,
-        gate: Tensor | None = None, norm_weight: Tensor | None = None, eps: float = 1e-6,
-    ) -> bool:  # fmt: skip
+        state: Tensor, *, metadata: VerifyMetadata, drafts: SnapshotDrafts | None,
+        out: Tensor,
+    ) -> None:  # fmt: skip
         draft_protocol(metadata, drafts)
         P, cu, B = metadata.max_drafts, metadata.cu_seqlens, _batch(v, metadata)
         sequences = B if cu is None else B + 1
         if sequences == 0:
-            return False
+            return
+        if drafts is not None and drafts.state is None:
+            raise InputError("drafts.state is None, needs a tensor")
         qkv = D, K, D, K, D, V
         if not packed:
             qkv = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
-        if isinstance(drafts, ReplayDrafts):
-            return replay(
-                q, k, v, a, b, A_log, dt_bias, state, metadata=metadata, drafts=drafts, B=B,
-                out=out, gate=gate, norm_weight=norm_weight, eps=eps, qkv=qkv,
-            )  # fmt: skip
-        if drafts is not None and drafts.state is None:
-            raise InputError("drafts.state is None, needs a tensor")
-        heads = 1 << 30 if deterministic else B * HV
-        rows, warps = next(tile for limit, tile in tiles if heads <= limit)
-        rows = min(max(rows * 128 // max(K, 128), 1), V)
         indices, parents = metadata.state_indices, metadata.parents
         kept = None if drafts is None else drafts.state
         kept_rows = None if kept is None else metadata.rows
@@ -230,17 +230,17 @@ def make_verify(
             indices.stride(0), 0 if kept is not None else indices.stride(1),
             *strides(accepted, 1), *strides(cu, 1), *strides(parents, 2), *strides(kept, 5),
             *strides(kept_rows, 1), *out.stride(),
-            H, HV, K, V, P, rows, lanes, spec.pad_slot, spec.qk_l2norm, pdl, *starts,
+            H, HV, K, V, P, rows, spec.pad_slot, spec.qk_l2norm, pdl, *starts,
             num_warps=warps, num_stages=1, **options,
         )  # fmt: skip
-        return False
 
-    return verify
+    return recurrence
 
 
 def make_mtp_verify(spec: GdnSpec, device: Device, *, deterministic: bool) -> MtpVerify:
     """Return the op."""
-    verify = make_verify(spec, device, deterministic=deterministic, pdl=False, packed=False)
+    recurrence = make_recurrence(spec, device, packed=False)
+    replay = make_replay(spec, device, deterministic=deterministic)
 
     def mtp_verify(
         q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
@@ -252,7 +252,12 @@ def make_mtp_verify(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
         fill_parents(metadata, _batch(v, metadata))
         if out is None:
             out = empty_like(v)
-        verify(q, k, v, a, b, A_log, dt_bias, state, metadata=metadata, drafts=drafts, out=out)
+        inputs = q, k, v, a, b, A_log, dt_bias, state
+        if isinstance(drafts, ReplayDrafts):
+            draft_protocol(metadata, drafts)
+            replay(*inputs, metadata=metadata, drafts=drafts, out=out)
+        else:
+            recurrence(*inputs, metadata=metadata, drafts=drafts, out=out)
         return out
 
     return mtp_verify

@@ -10,10 +10,9 @@ c the norms' inverses, G the sums of g along the path to a row, and a row's ance
     o_i  = Y_i + sum_j E_ij D_j                  i a query, j its key and the keys above
     S    = exp(G_n) S + sum_j D_j X_j c_j exp(G_n - G_j)     j the pending keys, n the last of them
 
-The first kernel solves the R x R problem of every head, so that D and what it adds to o are a
-product with one matrix, and gathers X: what is pending is replaced only once it has been read. The
-second one reads, uses and writes the state. The inverse is exact doubling of its diagonal blocks: a
-Neumann series fails where a token repeats.
+The first kernel, see ``replay_inputs``, gathers X and v and solves the R x R problem of every head,
+so that D and what it adds to o are a product with one matrix. The second one reads, uses and writes
+the state.
 """
 
 from __future__ import annotations
@@ -27,8 +26,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn_backend_triton.launch import FP_FUSION, STEP_SIZES, STEP_TENSORS, power_of_two
-from gdn_backend_triton.maths import gates, silu
+from gdn_backend_triton.launch import (
+    FP_FUSION,
+    STEP_SIZES,
+    STEP_TENSORS,
+    ceil_div,
+    power_of_two,
+)
+from gdn_backend_triton.maths import upper_half
+from gdn_backend_triton.replay_inputs import place, prepare
 from gdn_backend_triton.taps import strides
 from gdn_portable.errors import InputError
 from gdn_portable.metadata import Drafts, ReplayDrafts, VerifyMetadata
@@ -42,21 +48,37 @@ class Tile(NamedTuple):
 
     rows: int
     chunk: int
+    width: int  # neighbours in a row of the state that a thread loads, see _interleave
     warps: int
 
 
-# by architecture and bytes of a state's element: the most sequences times value heads, and the tile
-TILES: dict[str, dict[int, tuple[tuple[float, Tile], ...]]] = {
-    # H200, H16/HV32, K = V = 128, P = 4, 3 replayed, with the conv: 23 / 68 / 232 us at B = 8 / 32
-    # / 128 with a float32 state, 18 / 45 / 154 with bfloat16
-    "cuda": {
-        4: ((256, Tile(128, 32, 4)), (1024, Tile(32, 32, 2)), (float("inf"), Tile(64, 32, 4))),
-        2: ((256, Tile(32, 32, 2)), (float("inf"), Tile(128, 32, 4))),
-    },
-    "rocm": {
-        4: ((float("inf"), Tile(32, 64, 2)),),
-        2: ((float("inf"), Tile(32, 64, 2)),),
-    },
+class Tiles(NamedTuple):
+    """Of one architecture."""
+
+    prepare_warps: int
+    by_itemsize: dict[int, tuple[tuple[float, Tile], ...]]
+
+
+# by architecture; then by bytes of a state's element, the most sequences times value heads, and the
+# tile
+TILES: dict[str, Tiles] = {
+    # H200, H16/HV32, K = V = 128, P = 4, 3 replayed, with the conv, 16 rows against 32: 20.0 / 17.8
+    # us at B = 8, 52.6 / 54.6 at 32 and 185 / 189 at 128 with a float32 state, 13.2 / 13.5, 34.8 /
+    # 35.4 and 121 / 126 with bfloat16
+    "cuda": Tiles(
+        2,
+        {
+            4: ((256, Tile(32, 16, 4, 1)), (float("inf"), Tile(16, 16, 4, 1))),
+            2: ((float("inf"), Tile(16, 32, 8, 1)),),
+        },
+    ),
+    "rocm": Tiles(
+        2,
+        {
+            4: ((float("inf"), Tile(32, 64, 2, 2)),),
+            2: ((float("inf"), Tile(32, 64, 2, 2)),),
+        },
+    ),
 }
 
 
@@ -68,7 +90,7 @@ def _dot_terms(S, X, y, TERMS: tl.constexpr, PRECISION: tl.constexpr):
         S: float32.
         X: in the activations' dtype.
         y: float32.
-        TERMS: of S in X's dtype; -2 for two terms of TF32, 0 for one of float32.
+        TERMS: of S in X's dtype, 3 in bfloat16 alone; -2 for two of TF32, 0 for one of float32.
         PRECISION: of a product of float32.
     """
     if TERMS == -2:
@@ -80,219 +102,100 @@ def _dot_terms(S, X, y, TERMS: tl.constexpr, PRECISION: tl.constexpr):
         y = tl.dot(S - term, X, y, input_precision="tf32")
     elif TERMS == 0:
         y = tl.dot(S, X.to(tl.float32), y, input_precision=PRECISION)
+    elif TERMS == 3:
+        for _ in tl.static_range(3):
+            term, S = upper_half(S)
+            y = tl.dot(term, X, y)
     else:
         term = S.to(X.dtype)
         y = tl.dot(term, X, y)
         for _ in tl.static_range(TERMS - 1):
-            S = S - term.to(tl.float32)
+            S -= term.to(tl.float32)
             term = S.to(X.dtype)
             y = tl.dot(term, X, y)
     return y
 
 
 @triton.jit
-def _fetch(pointers, mask, there):
-    """Load where ``there``, which is true: behind a branch, loads are not waited for one by one.
+def _load(pointers, step, mask, COUNT: tl.constexpr):
+    """Return COUNT tiles, ``step`` elements apart, each its own tensor: few registers at a time."""
+    tiles = ()
+    for n in tl.static_range(COUNT):
+        tiles = tiles + (tl.load(pointers + n * step, mask=mask, other=0.0),)
+    return tiles
 
-    The compiler moves a change of layout up to the load that it can reach.
-    """
-    x = tl.zeros(pointers.shape, pointers.dtype.element_ty)
+
+@triton.jit
+def _zeros(pointers, COUNT: tl.constexpr):
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros(pointers.shape, pointers.dtype.element_ty),)
+    return tiles
+
+
+@triton.jit
+def _fetch_state(state, step, there, CHUNKS: tl.constexpr):
+    """Load chunks of K where ``there``, which is true, see :func:`_fetch_inputs`."""
+    S = _zeros(state, CHUNKS)
     if there:
-        x = tl.load(pointers, mask=mask, other=0.0)
-    return x
+        S = _load(state, step, there, CHUNKS)
+    return S
 
 
 @triton.jit
-def _fetch_chunks(pointers, step, mask, there, CHUNKS: tl.constexpr):
-    """Return chunks of K, ``step`` elements apart, each its own tensor: few registers at a time."""
-    chunks = ()
-    for n in tl.static_range(CHUNKS):
-        chunks = chunks + (_fetch(pointers + n * step, mask, there),)
-    return chunks
-
-
-@triton.jit
-def _double(inverse, A, r, c, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the inverses of diagonal blocks twice as large."""
-    below = tl.where((r // (2 * BLOCK) == c // (2 * BLOCK)) & (r // BLOCK != c // BLOCK), A, 0.0)
-    below = tl.dot(inverse, below, input_precision=PRECISION)
-    return inverse - tl.dot(below, inverse, input_precision=PRECISION)
-
-
-@triton.jit
-def _inverse(A, r, c, KEYS: tl.constexpr, PRECISION: tl.constexpr):
-    """Return (I + A)^-1 of A strictly lower triangular in its first KEYS rows, zero below."""
-    inverse = tl.where(r == c, 1.0, 0.0) - tl.where(r // 2 == c // 2, A, 0.0)
-    if KEYS > 2:
-        inverse = _double(inverse, A, r, c, 2, PRECISION)
-    if KEYS > 4:
-        inverse = _double(inverse, A, r, c, 4, PRECISION)
-    if KEYS > 8:
-        inverse = _double(inverse, A, r, c, 8, PRECISION)
-    if KEYS > 16:
-        inverse = _double(inverse, A, r, c, 16, PRECISION)
-    if KEYS > 32:
-        inverse = _double(inverse, A, r, c, 32, PRECISION)
-    if KEYS > 64:
-        inverse = _double(inverse, A, r, c, 64, PRECISION)
-    return inverse
-
-
-@triton.jit
-def _path(parents, parents_p, draft, count, P: tl.constexpr):
-    """Return as bits which drafts lie between the root and each of ``draft``, both included."""
-    at = tl.where((draft >= 0) & (draft < count), draft, -1)
-    path = tl.where(at >= 0, 1 << tl.maximum(at, 0), 0)
-    for _ in range(1, P):
-        parent = tl.load(parents + at * parents_p, mask=at > 0, other=0).to(tl.int32)
-        at = tl.where(at > 0, tl.minimum(tl.maximum(parent, 0), at - 1), -1)
-        path |= tl.where(at >= 0, 1 << tl.maximum(at, 0), 0)
-    return path
-
-
-@triton.jit
-def _place(
-    state_indices, num_accepted, cu_seqlens, indices_b, accepted_b, cu_b, sequence, B, T,
-    P: tl.constexpr, ROOM: tl.constexpr, PAD: tl.constexpr,
+def _fetch_inputs(
+    X, X_step, X_mask, solved, solved_step, solved_mask, values, values_mask, there,
+    CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Return a sequence's slot, how many drafts are pending in it, its first row and its rows.
+    """Load all that was prepared where ``there``, which is true.
 
-    Sequence B is the rows of nobody, which are padding.
+    The compiler puts what follows a load right behind it, and so would wait for one after the
+    other; it moves nothing into a branch.
     """
-    is_sequence = sequence < B
-    slot = tl.load(state_indices + sequence * indices_b, mask=is_sequence, other=PAD).to(tl.int64)
-    pending = sequence * 0
-    if num_accepted is not None:
-        pending = tl.load(num_accepted + sequence * accepted_b, mask=is_sequence, other=0)
-        pending = tl.minimum(pending.to(tl.int32), ROOM)
-    start = sequence * P
-    count = start * 0 + P
-    if cu_seqlens is not None:
-        start = tl.load(cu_seqlens + sequence * cu_b).to(tl.int32)
-        end = tl.load(cu_seqlens + (sequence + 1) * cu_b, mask=is_sequence, other=T).to(tl.int32)
-        count = end - start
-    return slot, pending, start.to(tl.int64), count
+    X_chunks = _zeros(X, CHUNKS)
+    terms = _zeros(solved, 3)
+    v = tl.zeros(values.shape, values.dtype.element_ty)
+    if there:
+        X_chunks = _load(X, X_step, X_mask, CHUNKS)
+        terms = _load(solved, solved_step, solved_mask, 3)
+        v = tl.load(values, mask=values_mask, other=0.0)
+    return X_chunks, terms, v
 
 
-@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
-def _solve(
-    q, k, a, b, A_log, dt_bias, state_indices, num_accepted, cu_seqlens, parents,
-    kept_k, kept_g, kept_beta, rows_of_X, solution, scale, B, T,
-    q_t, q_h, k_t, k_h, a_t, a_h, b_t, b_h, A_log_h, dt_bias_h, indices_b, accepted_b, cu_b,
-    parents_b, parents_p, kept_k_s, kept_k_p, kept_k_h, kept_k_k, kept_g_s, kept_g_p, kept_g_h,
-    kept_beta_s, kept_beta_p, kept_beta_h,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, P: tl.constexpr, ROOM: tl.constexpr,
-    R: tl.constexpr, RK: tl.constexpr, RQ: tl.constexpr, PAD: tl.constexpr, NORM: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr, K_START: tl.constexpr,
-):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    KEYS: tl.constexpr = ROOM + P
-    head = tl.program_id(0) % HV
-    sequence = tl.program_id(0) // HV
-    key_head = head // (HV // H)
-    slot, pending, row, count = _place(
-        state_indices, num_accepted, cu_seqlens, indices_b, accepted_b, cu_b, sequence, B, T,
-        P, ROOM, PAD,
-    )  # fmt: skip
-    if slot <= PAD:
-        if WAIT:
-            # or a batch of padding alone would end before the convolution does
-            tl.extra.cuda.gdc_wait()
-        return
-    there = slot > PAD
-    count = tl.minimum(count, P)
-    r1 = tl.arange(0, RK)
-    r = r1[:, None]
-    c = r1[None, :]
-    t1 = tl.arange(0, RQ)
-    o_k = tl.arange(0, K)[None, :]
-    j = r1 - ROOM
-    is_old = r1 < pending
-    is_key = (j >= 0) & (j < count)
+@triton.jit
+def _interleave(x, WIDTH: tl.constexpr):
+    """Return each 4 * WIDTH columns in the order that a tensor core wants.
 
-    kept_g += slot * kept_g_s + head * kept_g_h
-    kept_beta += slot * kept_beta_s + head * kept_beta_h
-    g_old = tl.load(kept_g + r1 * kept_g_p, mask=is_old, other=0.0)
-    beta_old = tl.load(kept_beta + r1 * kept_beta_p, mask=is_old, other=0.0)
-    kept_k += slot * kept_k_s + key_head * kept_k_h + o_k * kept_k_k
-    old_k = _fetch(kept_k + r * kept_k_p, is_old[:, None], there)
-    a += row * a_t + head * a_h
-    b += row * b_t + head * b_h
-    g, beta = gates(
-        tl.load(a + j * a_t, mask=is_key, other=0.0),
-        tl.load(b + j * b_t, mask=is_key, other=0.0),
-        tl.load(A_log + head * A_log_h),
-        tl.load(dt_bias + head * dt_bias_h),
-    )
-    # other threads may store what a thread has yet to load
-    tl.debug_barrier()
-    tl.store(kept_g + j * kept_g_p, g, mask=is_key)
-    tl.store(kept_beta + j * kept_beta_p, beta, mask=is_key)
-    g = tl.where(is_key, g, g_old)
-    beta = tl.where(is_key, beta, beta_old)
-    above = c <= r
-    above_query = c <= ROOM + t1[:, None]
-    if parents is not None:
-        parents += sequence.to(tl.int64) * parents_b
-        drafted = tl.maximum(j, 0)[None, :]
-        path = _path(parents, parents_p, j, count, P)
-        above &= (c < ROOM) | ((path[:, None] >> drafted) & 1 == 1)
-        path = _path(parents, parents_p, t1, count, P)
-        above_query &= (c < ROOM) | ((path[:, None] >> drafted) & 1 == 1)
-    G = tl.sum(tl.where(above, g[None, :], 0.0), 1)
-    G_query = tl.sum(tl.where(above_query, g[None, :], 0.0), 1)
-    G_old = tl.sum(tl.where(r1 < ROOM, g, 0.0))
+    A thread that loaded WIDTH neighbouring columns of one row then holds what it must have of the
+    operand and of the accumulator, and nothing moves between threads. A WIDTH of 2 changes nothing.
+    """
+    if WIDTH == 2:
+        return x
+    ROWS: tl.constexpr = x.shape[0]
+    COLUMNS: tl.constexpr = x.shape[1]
+    x = tl.reshape(x, (ROWS, COLUMNS // (4 * WIDTH), 4, WIDTH // 2, 2))
+    return tl.reshape(tl.permute(x, (0, 1, 3, 2, 4)), (ROWS, COLUMNS))
 
-    if WAIT:
-        # q and k are the convolution's; nothing before was
-        tl.extra.cuda.gdc_wait()
-    k += row * k_t + K_START + key_head * k_h + o_k
-    q += row * q_t + key_head * q_h + o_k
-    keys = old_k + _fetch(k + (r - ROOM) * k_t, is_key[:, None], there)
-    queries = _fetch(q + t1[:, None] * q_t, (t1 < count)[:, None], there)
-    rows_of_X += (sequence.to(tl.int64) * H + key_head) * (R * K) + o_k
-    if head % (HV // H) == 0:
-        tl.store(rows_of_X + r * K, keys, mask=r < KEYS)
-        tl.store(rows_of_X + (KEYS + t1[:, None]) * K, queries, mask=t1[:, None] < P)
-    products = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
-    products_query = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-    norm = tl.full([RK], 1.0, tl.float32)
-    norm_query = tl.full([RQ], 1.0, tl.float32) * scale
-    if NORM:
-        norm = tl.rsqrt(tl.sum(tl.where(r == c, products, 0.0), 1) + 1e-6)
-        square = queries.to(tl.float32)
-        norm_query *= tl.rsqrt(tl.sum(square * square, 1) + 1e-6)
-    # sums of g between two rows, not differences of sums: a strong decay would blur the weak ones
-    apart = tl.trans(tl.where(above, 0.0, 1.0))
-    decay = tl.dot(tl.where(above, g[None, :], 0.0), apart, input_precision=PRECISION)
-    E = products * norm[:, None] * norm[None, :] * tl.exp(decay)
-    inverse = _inverse(tl.where(above & (c < r), E * beta[:, None], 0.0), r, c, KEYS, PRECISION)
-    decay = tl.dot(tl.where(above_query, g[None, :], 0.0), apart, input_precision=PRECISION)
-    E = products_query * norm_query[:, None] * norm[None, :] * tl.exp(decay)
-    E = tl.where(above_query, E, 0.0)
-    outputs = tl.dot(E, inverse, input_precision=PRECISION) * beta[None, :]
-    left = norm * tl.exp(tl.sum(tl.where((c > r) & (c < ROOM), g[None, :], 0.0), 1))
-    solution += (sequence * HV + head).to(tl.int64) * ((R + 2) * R)
-    tl.store(solution + r1, norm * tl.exp(G), mask=r1 < KEYS)
-    tl.store(solution + KEYS + t1, norm_query * tl.exp(G_query), mask=t1 < P)
-    tl.store(solution + R + r1, tl.exp(G_old) + r1 * 0.0, mask=r1 == 0)
-    solution += 2 * R + c
-    changes = inverse * left[:, None] * beta[None, :]
-    tl.store(solution + r * R, changes, mask=(r < ROOM) & (c < KEYS))
-    tl.store(solution + (KEYS + t1[:, None]) * R, outputs, mask=(t1[:, None] < P) & (c < KEYS))
+
+@triton.jit
+def _deinterleave(x, WIDTH: tl.constexpr):
+    """Undo :func:`_interleave`."""
+    if WIDTH == 2:
+        return x
+    ROWS: tl.constexpr = x.shape[0]
+    COLUMNS: tl.constexpr = x.shape[1]
+    x = tl.reshape(x, (ROWS, COLUMNS // (4 * WIDTH), WIDTH // 2, 4, 2))
+    return tl.reshape(tl.permute(x, (0, 1, 3, 2, 4)), (ROWS, COLUMNS))
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _replay(
-    v, state, state_indices, num_accepted, cu_seqlens, kept_k, kept_v, rows_of_X, solution,
-    gate, norm_weight, out, eps, B, T, v_t, v_h, state_s, state_h, state_v, state_k,
-    indices_b, accepted_b, cu_b, kept_k_s, kept_k_p, kept_k_h, kept_k_k,
-    kept_v_s, kept_v_p, kept_v_h, kept_v_v, gate_t, gate_h, gate_v, weight_v, out_t, out_h, out_v,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    P: tl.constexpr, ROOM: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
-    PAD: tl.constexpr, SILU: tl.constexpr, TERMS: tl.constexpr, UPDATE_TERMS: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr, V_START: tl.constexpr,
+    state, state_indices, num_accepted, cu_seqlens, rows_of_X, values, solution, out, B, T,
+    state_s, state_h, state_v, state_k, indices_b, accepted_b, cu_b, out_t, out_h, out_v,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr,
+    ROOM: tl.constexpr, R: tl.constexpr, RK: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr, TERMS: tl.constexpr,
+    UPDATE_TERMS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = V // BV
     KEYS: tl.constexpr = ROOM + P
@@ -300,15 +203,15 @@ def _replay(
     part = tl.program_id(0) % PARTS
     head = tl.program_id(0) // PARTS % HV
     sequence = tl.program_id(0) // (PARTS * HV)
-    key_head = head // (HV // H)
     o_v = part * BV + tl.arange(0, BV)[:, None]
-    slot, pending, row, count = _place(
+    slot, pending, row, count = place(
         state_indices, num_accepted, cu_seqlens, indices_b, accepted_b, cu_b, sequence, B, T,
         P, ROOM, PAD,
     )  # fmt: skip
     out += head * out_h + o_v * out_v
     if slot <= PAD:
         if PDL:
+            # or a batch of padding alone would end before the kernel in front of it does
             tl.extra.cuda.gdc_wait()
         zeros = tl.zeros([BV, 16], out.dtype.element_ty)
         for t in range(0, count, 16):
@@ -318,128 +221,120 @@ def _replay(
 
     there = slot > PAD
     count = tl.minimum(count, P)
-    r1 = tl.arange(0, R)
-    r = r1[:, None]
-    c = r1[None, :]
+    r = tl.arange(0, R)[:, None]
+    c = tl.arange(0, R)[None, :]
     o_k = tl.arange(0, BK)[None, :]
-    is_old = r1 < pending
-    is_key = (r1 >= ROOM) & (r1 < ROOM + count)
-    is_query = (r1 >= KEYS) & (r1 < KEYS + count)
     state += slot * state_s + head * state_h + o_v * state_v + o_k * state_k
-    S = _fetch_chunks(state, BK * state_k, there, there, CHUNKS)
-    kept_v += slot * kept_v_s + head * kept_v_h + o_v * kept_v_v
-    old_v = _fetch(kept_v + c * kept_v_p, is_old[None, :], there)
+    S = _fetch_state(state, BK * state_k, there, CHUNKS)
     if PDL:
-        # v is the convolution's, X and the solution are the kernel's before; nothing above was
+        # nothing above was the kernel's before
         tl.extra.cuda.gdc_wait()
-    rows_of_X += (sequence.to(tl.int64) * H + key_head) * (R * K)
-    X = _fetch_chunks(rows_of_X + r * K + o_k, BK, r < KEYS + P, there, CHUNKS)
-    solution += (sequence * HV + head).to(tl.int64) * ((R + 2) * R)
+    # transposed: of the state's shape and order, X would be given the state's vectors
+    rows_of_X += (sequence.to(tl.int64) * H + head // (HV // H)) * (R * K)
+    rows_of_X += tl.arange(0, BK)[:, None] + c * K
+    values += (sequence.to(tl.int64) * (KEYS * HV) + head) * V + o_v + c * (HV * V)
+    solution += (sequence * HV + head).to(tl.int64) * SIZE
     decay = tl.load(solution + c, mask=c < KEYS + P, other=0.0)
-    decay_left = tl.load(solution + R)
+    left = tl.load(solution + R + c, mask=c < ROOM, other=0.0)
+    decay_left = tl.load(solution + R + ROOM)
+    solved = (solution + 2 * R).to(tl.pointer_type(tl.bfloat16), bitcast=True) + c * R + r
     is_solved = (r < KEYS) & ((c < ROOM) | ((c >= KEYS) & (c < KEYS + P)))
-    solved = _fetch(solution + 2 * R + c * R + r, is_solved, there)
-    v += row * v_t + V_START + head * v_h + o_v
-    new_v = _fetch(v + (c - ROOM) * v_t, is_key[None, :], there)
-    kept_k += slot * kept_k_s + key_head * kept_k_h + o_k * kept_k_k
-    if (part == 0) & (head % (HV // H) == 0):
-        for n in tl.static_range(CHUNKS):
-            target = kept_k + (r - ROOM) * kept_k_p + n * BK * kept_k_k
-            tl.store(target, X[n], mask=is_key[:, None])
-    # other threads may store what a thread has yet to load
-    tl.debug_barrier()
-    tl.store(kept_v + (c - ROOM) * kept_v_p, new_v, mask=is_key[None, :])
+    X, solved, v = _fetch_inputs(
+        rows_of_X, BK, c < KEYS + P, solved, R * R, is_solved, values, c < KEYS, there, CHUNKS
+    )
 
     Y = tl.zeros([BV, R], tl.float32)
     for n in tl.static_range(CHUNKS):
-        Y = _dot_terms(S[n].to(tl.float32), tl.trans(X[n]), Y, TERMS, PRECISION)
+        chunk = _interleave(S[n], WIDTH).to(tl.float32)
+        Y = _dot_terms(chunk, X[n], Y, TERMS, PRECISION)
     Y *= decay
-    values = old_v.to(tl.float32) + new_v.to(tl.float32)
-    D = tl.dot(values - Y, solved, input_precision=PRECISION)
+    rest = v.to(tl.float32) - Y
+    D = tl.zeros([BV, R], tl.float32)
+    for i in tl.static_range(3):
+        term, rest = upper_half(rest)
+        for j in tl.static_range(3 - i):
+            D = tl.dot(term, solved[j], D)
     o = Y + D
-    if gate is not None:
-        gate += (row + c - KEYS) * gate_t + head * gate_h + o_v * gate_v
-        weight = tl.load(norm_weight + o_v * weight_v).to(tl.float32)
-        z = tl.load(gate, mask=is_query[None, :], other=0.0).to(tl.float32)
-        z = silu(z) if SILU else tl.sigmoid(z)
-        mean = tl.sum(o * o, 0)[None, :] / V
-        o = tl.where(mean > 0.0, o * tl.rsqrt(mean + eps) * weight * z, 0.0)
+    is_query = (c >= KEYS) & (c < KEYS + count)
     out += (row + c - KEYS) * out_t
-    tl.store(out, o.to(out.dtype.element_ty), mask=is_query[None, :])
+    tl.store(out, o.to(out.dtype.element_ty), mask=is_query)
     if pending > 0:
-        D = tl.where(c < ROOM, D, 0.0)
+        D *= left
         for n in tl.static_range(CHUNKS):
-            updated = S[n].to(tl.float32) * decay_left
-            updated = _dot_terms(D, X[n], updated, UPDATE_TERMS, PRECISION)
-            tl.store(state + n * BK * state_k, updated.to(state.dtype.element_ty))
+            updated = _interleave(S[n], WIDTH).to(tl.float32) * decay_left
+            updated = _dot_terms(D, tl.trans(X[n]), updated, UPDATE_TERMS, PRECISION)
+            updated = _deinterleave(updated.to(state.dtype.element_ty), WIDTH)
+            tl.store(state + n * BK * state_k, updated)
 
 
-def make_replay(
-    spec: GdnSpec, device: Device, *, deterministic: bool, pdl: bool, starts: tuple[int, int]
-) -> Callable[..., bool]:
-    """Return what launches the kernels, and says whether they applied the gate.
+class Convolution(NamedTuple):
+    """What a step's convolution needs besides its input."""
 
-    Args:
-        spec: the layer.
-        device: where.
-        deterministic: take one tile whatever the batch.
-        pdl: the kernel before them wrote q, k and v and nothing else that they read, and they may
-            start before it ends.
-        starts: first columns of k and v in the tensors that they are passed as.
-    """
+    weight: Tensor
+    bias: Tensor | None
+    conv_state: Tensor
+
+
+def make_replay(spec: GdnSpec, device: Device, *, deterministic: bool) -> Callable[..., None]:
+    """Return what launches the kernels."""
     H, HV, K, V = spec.num_k_heads, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
-    PAD, SILU = spec.pad_slot, spec.gate_activation == "silu"
-    tiles_by_size = TILES.get(device.arch, TILES[device.kind])
-    tiles = tiles_by_size[4 if spec.state_dtype is torch.float32 else 2]
+    W, PAD = spec.conv_width, spec.pad_slot
+    prepare_warps, by_itemsize = TILES.get(device.arch, TILES[device.kind])
+    tiles = by_itemsize[4 if spec.state_dtype is torch.float32 else 2]
     terms, update_terms = _terms(spec, device)
     precision = "tf32x3" if device.kind == "cuda" else "ieee"
     overlaps = can_overlap(device)
     plain = {"enable_fp_fusion": FP_FUSION}
-    early = {**plain, "launch_pdl": True}
-    solve_options = early if pdl else plain
-    replay_options = early if overlaps else plain
-    k_start, v_start = starts
+    options = {**plain, "launch_pdl": True} if overlaps else plain
+    parts = H + ceil_div(HV * V, 2 * K)
+    group = power_of_two(HV // H)
 
     @functools.cache
-    def fit(P: int, room: int, heads: int) -> tuple[int, int, int, Tile]:
+    def fit(P: int, room: int, heads: int) -> tuple[tuple[int, ...], Tile]:
         R = max(16, power_of_two(room + 2 * P))
-        tile = _tile(tiles, 1 << 30 if deterministic else heads, K, V, R)
-        return R, max(16, power_of_two(room + P)), max(16, power_of_two(P)), tile
+        sizes = P, room, R, power_of_two(room + P)
+        return sizes, _tile(tiles, 1 << 30 if deterministic else heads, K, V, R)
 
     def launch(
         q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
-        state: Tensor, *, metadata: VerifyMetadata, drafts: ReplayDrafts, B: int, out: Tensor,
-        gate: Tensor | None, norm_weight: Tensor | None, eps: float, qkv: tuple[int, ...],
-    ) -> bool:  # fmt: skip
-        P, room = metadata.max_drafts, drafts.k.shape[1]
-        R, RK, RQ, (rows, chunk, warps) = fit(P, room, B * HV)
-        if rows < V:
-            gate = None
-        X = torch.empty(B * H * R * K, dtype=k.dtype, device=k.device)
-        solution = torch.empty(B * HV * (R + 2) * R, dtype=torch.float32, device=k.device)
-        indices, accepted, cu = metadata.state_indices, metadata.num_accepted, metadata.cu_seqlens
-        batch = indices.stride(0), *strides(accepted, 1), *strides(cu, 1)
-        if B:
-            _solve[(B * HV,)](
-                q, k, a, b, A_log, dt_bias, indices, accepted, cu, metadata.parents, drafts.k,
-                drafts.g, drafts.beta, X, solution, spec.q_scale, B, v.shape[0], *qkv[:4],
-                *a.stride(), *b.stride(), A_log.stride(0), dt_bias.stride(0), *batch,
-                *strides(metadata.parents, 2), *drafts.k.stride(), *drafts.g.stride(),
-                *drafts.beta.stride(), H, HV, K, P, room, R, RK, RQ, PAD, spec.qk_l2norm,
-                precision, overlaps, pdl, k_start,
-                num_warps=1 if RK == 16 and K * k.element_size() <= 256 else 4, num_stages=1,
-                **solve_options,
-            )  # fmt: skip
+        state: Tensor, *, metadata: VerifyMetadata, drafts: ReplayDrafts, out: Tensor,
+        convolution: Convolution | None = None,
+    ) -> None:  # fmt: skip
+        """Launch; with a convolution its input, [T, D], is passed as each of q, k and v."""
+        P, T, cu, parents = metadata.max_drafts, out.shape[0], metadata.cu_seqlens, metadata.parents
+        B = T // P if cu is None else cu.shape[0] - 1
         sequences = B if cu is None else B + 1
+        if sequences == 0:
+            return
+        sizes, (rows, chunk, width, warps) = fit(P, drafts.k.shape[1], B * HV)
+        _, room, R, RK = sizes
+        size = 2 * R + 3 * R * R // 2 + R * RK
+        X = torch.empty(B * H * R * K, dtype=q.dtype, device=q.device)
+        values = torch.empty(B * (room + P) * HV * V, dtype=q.dtype, device=q.device)
+        solution = torch.empty(B * HV * size, dtype=torch.float32, device=q.device)
+        indices, accepted = metadata.state_indices, metadata.num_accepted
+        batch = indices.stride(0), *strides(accepted, 1), *strides(cu, 1)
+        weight, bias, conv_state = convolution or (None, None, None)
+        qkv = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], 1)
+        if convolution is not None:
+            qkv = (q.stride(0), 0, 0, 0, 0, 0, q.stride(1))
+        if B:
+            prepare[(B * parts,)](
+                q, k, v, weight, bias, conv_state, drafts.conv_inputs, a, b, A_log, dt_bias,
+                indices, accepted, cu, parents, drafts.k, drafts.v, drafts.g, drafts.beta, X,
+                values, solution, spec.q_scale, B, T, *qkv, *strides(weight, 2),
+                *strides(bias, 1), *strides(conv_state, 3), *drafts.conv_inputs.stride(),
+                *a.stride(), *b.stride(), A_log.stride(0), dt_bias.stride(0), *batch,
+                *strides(parents, 2), *drafts.k.stride(), *drafts.v.stride(), *drafts.g.stride(),
+                *drafts.beta.stride(), H, HV, K, V, W, *sizes, power_of_two(P), group, size,
+                width, PAD, spec.qk_l2norm, spec.activation == "silu", precision, overlaps,
+                num_warps=prepare_warps if R == 16 else 8, num_stages=1, **plain,
+            )  # fmt: skip
         _replay[(sequences * HV * (V // rows),)](
-            v, state, indices, accepted, cu, drafts.k, drafts.v, X, solution, gate, norm_weight,
-            out, eps, B, v.shape[0], *qkv[4:], *state.stride(), *batch,
-            *drafts.k.stride(), *drafts.v.stride(), *strides(gate, 3), *strides(norm_weight, 1),
-            *out.stride(), H, HV, K, V, P, room, R, rows, chunk, PAD, SILU, terms,
-            update_terms, precision, overlaps, v_start, num_warps=warps, num_stages=1,
-            **replay_options,
+            state, indices, accepted, cu, X, values, solution, out, B, T, *state.stride(), *batch,
+            *out.stride(), H, HV, K, V, *sizes, rows, chunk, size, width, PAD, terms,
+            update_terms, precision, overlaps, num_warps=warps, num_stages=1, **options,
         )  # fmt: skip
-        return gate is not None
 
     return launch
 
@@ -466,14 +361,14 @@ def _terms(spec: GdnSpec, device: Device) -> tuple[int, int]:
     terms = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1}[spec.state_dtype]
     has_exact_tf32 = device.kind == "cuda" and spec.dtype is not torch.float32
     if spec.dtype is torch.bfloat16:
-        exact = -2 if has_exact_tf32 and terms == 3 else terms
-        return exact, -2 if has_exact_tf32 else max(terms, 2)
+        return terms, max(terms, 2)
     change = -2 if has_exact_tf32 else 0
     return (1 if spec.dtype is spec.state_dtype is torch.float16 else change), change
 
 
 def _tile(tiles: tuple[tuple[float, Tile], ...], heads: int, K: int, V: int, R: int) -> Tile:
-    """Return the tile for a batch: fewer rows where K is large, more warps where R is."""
-    rows, chunk, warps = next(tile for limit, tile in tiles if heads <= limit)
-    rows = min(max(rows * 128 // max(K, 128), 16), V)
-    return Tile(rows, min(chunk, K), warps * 2 if R > 32 else warps)
+    """Return the tile for a batch: fewer rows where K or R is large."""
+    rows, chunk, width, warps = next(tile for limit, tile in tiles if heads <= limit)
+    rows = rows * 128 // max(K, 128) // (2 if R > 32 else 1)
+    chunk = min(chunk, K)
+    return Tile(min(max(rows, 16), V), chunk, min(width, chunk // 4), warps)

@@ -9,11 +9,18 @@ from torch import Tensor
 from gdn_backend_triton.conv1d_verify import make_conv1d_verify
 from gdn_backend_triton.gated_rms_norm import make_gated_rms_norm
 from gdn_backend_triton.launch import empty_like, refuse_gradients
-from gdn_backend_triton.mtp_verify import make_verify
-from gdn_backend_triton.replay import can_overlap, refuse_large_trees
+from gdn_backend_triton.mtp_verify import make_recurrence
+from gdn_backend_triton.replay import Convolution, can_overlap, make_replay, refuse_large_trees
+from gdn_backend_triton.trees import fill_parents
 from gdn_portable.errors import InputError
 from gdn_portable.interface import VerifyStep
-from gdn_portable.metadata import Drafts, GdnParams, VerifyMetadata
+from gdn_portable.metadata import (
+    Drafts,
+    GdnParams,
+    ReplayDrafts,
+    VerifyMetadata,
+    draft_protocol,
+)
 from gdn_portable.spec import Device, GdnSpec
 from gdn_portable.state import StatePool
 
@@ -21,10 +28,11 @@ from gdn_portable.state import StatePool
 def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> VerifyStep:
     """Return the op: on Hopper and later, states are on their way while the convolution runs."""
     HV, V = spec.num_v_heads, spec.head_v_dim
-    pdl = can_overlap(device)
-    conv1d_verify = make_conv1d_verify(spec, device, deterministic=deterministic, pdl=pdl)
-    verify = make_verify(spec, device, deterministic=deterministic, pdl=pdl, packed=True)
-    gated_rms_norm = make_gated_rms_norm(spec, device, deterministic=deterministic)
+    options = {"deterministic": deterministic}
+    conv1d_verify = make_conv1d_verify(spec, device, **options, pdl=can_overlap(device))
+    recurrence = make_recurrence(spec, device, packed=True)
+    replay = make_replay(spec, device, **options)
+    gated_rms_norm = make_gated_rms_norm(spec, device, **options)
 
     def verify_step(
         mixed_qkv: Tensor, a: Tensor, b: Tensor, params: GdnParams, pool: StatePool, *,
@@ -35,24 +43,33 @@ def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> V
         refuse_large_trees(metadata, drafts)
         if pool.conv_state is None or pool.state is None:
             raise InputError("a pool is None, needs both: a step uses both")
-        T, weight = mixed_qkv.shape[0], params.norm_weight
-        mixed = empty_like(mixed_qkv)
-        conv1d_verify(
-            mixed_qkv, params.conv_weight, params.conv_bias, pool.conv_state,
-            metadata=metadata, drafts=drafts, out=mixed,
-        )  # fmt: skip
+        rates, weight = (params.A_log, params.dt_bias), params.norm_weight
+        if gate is not None and weight is None:
+            raise InputError("gate is given and params.norm_weight is None, needs both or neither")
+        T, P, cu_seqlens = mixed_qkv.shape[0], metadata.max_drafts, metadata.cu_seqlens
         if out is None:
             out = torch.empty(T, HV, V, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
         if gate is not None and gate.dim() == 2:
             gate = gate.unflatten(-1, (HV, V))
-        is_gated = verify(
-            mixed, mixed, mixed, a, b, params.A_log, params.dt_bias, pool.state, metadata=metadata,
-            drafts=drafts, out=out, gate=gate, norm_weight=weight, eps=params.norm_eps,
-        )  # fmt: skip
-        if gate is None or is_gated:
+        if isinstance(drafts, ReplayDrafts):
+            draft_protocol(metadata, drafts)
+            fill_parents(metadata, T // P if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+            convolution = Convolution(params.conv_weight, params.conv_bias, pool.conv_state)
+            replay(
+                mixed_qkv, mixed_qkv, mixed_qkv, a, b, *rates, pool.state, metadata=metadata,
+                drafts=drafts, out=out, convolution=convolution,
+            )  # fmt: skip
+        else:
+            mixed = conv1d_verify(
+                mixed_qkv, params.conv_weight, params.conv_bias, pool.conv_state,
+                metadata=metadata, drafts=drafts, out=empty_like(mixed_qkv),
+            )  # fmt: skip
+            recurrence(
+                mixed, mixed, mixed, a, b, *rates, pool.state, metadata=metadata, drafts=drafts,
+                out=out,
+            )  # fmt: skip
+        if gate is None or weight is None:
             return out
-        if weight is None:
-            raise InputError("gate is given and params.norm_weight is None, needs both or neither")
         return gated_rms_norm(out, gate, weight, eps=params.norm_eps, out=out)
 
     return verify_step
