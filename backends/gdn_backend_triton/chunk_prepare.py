@@ -92,7 +92,7 @@ def _sums(g, WIDE: tl.constexpr):
 
 @triton.jit
 def _store_block(
-    inverse, R, token_row, G_row, G_column, low_row, low_column, beta, mask,
+    inverse, R, row, G_row, G_column, low_row, low_column, beta,
     COLUMN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Store block COLUMN of 16 rows of the inverse, decayed and times beta."""
@@ -100,35 +100,37 @@ def _store_block(
     apart = _apart(G_row[:, None], G_column[None, :], low_row[:, None], low_column[None, :], WIDE)
     decay = tl.exp2(apart)
     values = R * decay * beta[None, :]
-    at = inverse + token_row[:, None] + column[None, :]
-    tl.store(at, values.to(inverse.dtype.element_ty), mask=mask[:, None])
+    at = inverse + row[:, None] + column[None, :]
+    tl.store(at, values.to(inverse.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def attend(
-    q, k, g, attention, decay, decay_low, k_factor, cu_seqlens, state_indices, N, T, scale,
+    q, k, g, attention, factors, decay_low, k_factor, cu_seqlens, state_indices, N, T, scale,
     g_t, g_h, cu_s, state_indices_s, q_t: tl.constexpr, q_h: tl.constexpr, q_k: tl.constexpr,
     k_t: tl.constexpr, k_h: tl.constexpr, k_k: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, L2NORM: tl.constexpr,
-    PAD: tl.constexpr, PRECISION: tl.constexpr,
+    PAD: tl.constexpr, OVERLAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fill attention [T, HV, 64], decay [HV, T] in log2, and behind it three factors [HV, T].
+    """Fill attention [., HV, 64, 64] and factors [., HV, 4, 64] of every chunk.
 
     A program owns a chunk of one q/k head. Token i of a chunk sees token j with weight
-    e^(G_i - G_j) q_i k_j; blocks of 16 x 16 above the diagonal are not written. The state before
-    the chunk is read with ``read`` k and with ``reach`` q, the one after it gets ``write`` k:
-    decays, norms and scale. k_factor [H, T] is k's inverse norm, where L2NORM.
+    e^(G_i - G_j) q_i k_j; blocks of 16 x 16 above the diagonal are not written. Factors are the
+    decay G in log2, and ``read``, ``reach`` and ``write``: the state before the chunk is read with
+    ``read`` k and with ``reach`` q, the one after it gets ``write`` k. They hold decays, norms and
+    scale. k_factor [., H, 64] is k's inverse norm, where L2NORM. Rows past a sequence's end have
+    attention 0 and factors that are finite.
     """
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     k_head = program % H
-    sequence, _, end, first = locate(cu_seqlens, cu_s, N, T, program // H, CHUNK)
+    place = program // H
+    sequence, _, end, first = locate(cu_seqlens, cu_s, N, T, place, CHUNK)
     if (sequence == N) | (first >= end):
         return
     if tl.load(state_indices + sequence * state_indices_s) <= PAD:
         return
-    read = decay + HV * T
-    reach = read + HV * T
-    write = reach + HV * T
     base = first.to(tl.int64)
     r = tl.arange(0, CHUNK)
     inside = r < end - first
@@ -152,50 +154,57 @@ def attend(
     if L2NORM:
         n_q = tl.rsqrt(q_squares + 1e-6) * scale
         n_k = tl.rsqrt(k_squares + 1e-6)
-        tl.store(k_factor + k_head * T + first + r, n_k, mask=inside)
+        tl.store(k_factor + program.to(tl.int64) * CHUNK + r, n_k)
     overlap = overlap * n_q[:, None] * n_k[None, :]
     overlap = tl.where(r[:, None] >= r[None, :], overlap, 0.0)
-    written = (r[:, None] // 16 >= r[None, :] // 16) & inside[:, None]
-    last = tl.minimum(end - first, CHUNK) - 1
+    below = r[:, None] // 16 >= r[None, :] // 16
     WIDE: tl.constexpr = decay_low is not None
     RATIO: tl.constexpr = HV // H
     for i in range(RATIO):
         head = k_head * RATIO + i
         gt = tl.load(g + base * g_t + head * g_h + r * g_t, mask=inside, other=0.0)
         G, low = _sums(gt, WIDE)
-        token = head * T + first + r
-        total = tl.sum(tl.where(r == last, G, 0.0))
-        total_low = tl.sum(tl.where(r == last, low, 0.0))
+        total = tl.sum(tl.where(r == CHUNK - 1, G, 0.0))
+        total_low = tl.sum(tl.where(r == CHUNK - 1, low, 0.0))
+        chunk = place.to(tl.int64) * HV + head
         if WIDE:
-            tl.store(decay_low + token, low, mask=inside)
-        tl.store(decay + token, G, mask=inside)
-        tl.store(read + token, tl.exp2(G) * n_k, mask=inside)
-        tl.store(reach + token, tl.exp2(G) * n_q, mask=inside)
-        tl.store(write + token, tl.exp2(_apart(total, G, total_low, low, WIDE)) * n_k, mask=inside)
+            tl.store(decay_low + chunk * CHUNK + r, low)
+        own = factors + chunk * (4 * CHUNK) + r
+        tl.store(own, G)
+        tl.store(own + CHUNK, tl.exp2(G) * n_k)
+        tl.store(own + 2 * CHUNK, tl.exp2(G) * n_q)
+        tl.store(own + 3 * CHUNK, tl.exp2(_apart(total, G, total_low, low, WIDE)) * n_k)
         apart = _apart(G[:, None], G[None, :], low[:, None], low[None, :], WIDE)
         seen = overlap * tl.exp2(apart)
-        rows = attention + base * (HV * CHUNK) + head * CHUNK + r[:, None] * (HV * CHUNK)
-        tl.store(rows + r[None, :], seen.to(attention.dtype.element_ty), mask=written)
+        rows = attention + chunk * (CHUNK * CHUNK) + r[:, None] * CHUNK
+        tl.store(rows + r[None, :], seen.to(attention.dtype.element_ty), mask=below)
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def invert(
-    k, beta, inverse, decay, decay_low, k_factor, cu_seqlens, state_indices, N, T,
+    k, beta, inverse, factors, decay_low, k_factor, cu_seqlens, state_indices, N, T,
     beta_t, beta_h, cu_s, state_indices_s,
     k_t: tl.constexpr, k_h: tl.constexpr, k_k: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, L2NORM: tl.constexpr,
-    PAD: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    PAD: tl.constexpr, LOW: tl.constexpr, OVERLAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fill inverse [T, HV, 64]; blocks of 16 x 16 above the diagonal are not written.
+    """Fill inverse [., HV, 64, 64]; blocks of 16 x 16 above the diagonal are not written.
 
-    A program owns a chunk of one value head, in ten such blocks.
+    A program owns a chunk of one value head, in ten such blocks. Rows and columns past a
+    sequence's end are 0.
     """
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     head = program % HV
-    sequence, _, end, first = locate(cu_seqlens, cu_s, N, T, program // HV, CHUNK)
-    if (sequence == N) | (first >= end):
-        return
-    if tl.load(state_indices + sequence * state_indices_s) <= PAD:
+    place = program // HV
+    sequence, _, end, first = locate(cu_seqlens, cu_s, N, T, place, CHUNK)
+    idle = (sequence == N) | (first >= end)
+    if not idle:
+        idle = tl.load(state_indices + sequence * state_indices_s) <= PAD
+    if idle:
+        if OVERLAPS:
+            tl.extra.cuda.gdc_wait()
         return
     k_head = head // (HV // H)
     base = first.to(tl.int64)
@@ -234,19 +243,22 @@ def invert(
         a32 = tl.dot(k3, tl.trans(k2), a32, input_precision=PRECISION)
         a33 = tl.dot(k3, tl.trans(k3), a33, input_precision=PRECISION)
 
-    at = decay + head * T + first + r
-    g0 = tl.load(at, mask=in0, other=0.0)
-    g1 = tl.load(at + 16, mask=in1, other=0.0)
-    g2 = tl.load(at + 32, mask=in2, other=0.0)
-    g3 = tl.load(at + 48, mask=in3, other=0.0)
+    if OVERLAPS:
+        # nothing is stored before this and no program ends without it
+        tl.extra.cuda.gdc_wait()
+    at = factors + program.to(tl.int64) * (4 * CHUNK) + r
+    g0 = tl.load(at)
+    g1 = tl.load(at + 16)
+    g2 = tl.load(at + 32)
+    g3 = tl.load(at + 48)
     WIDE: tl.constexpr = decay_low is not None
     low0, low1, low2, low3 = g0, g1, g2, g3
     if WIDE:
-        at = decay_low + head * T + first + r
-        low0 = tl.load(at, mask=in0, other=0.0)
-        low1 = tl.load(at + 16, mask=in1, other=0.0)
-        low2 = tl.load(at + 32, mask=in2, other=0.0)
-        low3 = tl.load(at + 48, mask=in3, other=0.0)
+        at = decay_low + program.to(tl.int64) * CHUNK + r
+        low0 = tl.load(at)
+        low1 = tl.load(at + 16)
+        low2 = tl.load(at + 32)
+        low3 = tl.load(at + 48)
     at = beta + base * beta_t + head * beta_h + r * beta_t
     b0 = tl.load(at, mask=in0, other=0.0)
     b1 = tl.load(at + 16 * beta_t, mask=in1, other=0.0)
@@ -258,11 +270,11 @@ def invert(
     n2 = n0
     n3 = n0
     if L2NORM:
-        at = k_factor + k_head * T + first + r
-        n0 = tl.load(at, mask=in0, other=0.0)
-        n1 = tl.load(at + 16, mask=in1, other=0.0)
-        n2 = tl.load(at + 32, mask=in2, other=0.0)
-        n3 = tl.load(at + 48, mask=in3, other=0.0)
+        at = k_factor + (place.to(tl.int64) * H + k_head) * CHUNK + r
+        n0 = tl.load(at)
+        n1 = tl.load(at + 16)
+        n2 = tl.load(at + 32)
+        n3 = tl.load(at + 48)
 
     r0 = _invert_block(_overlap(a00, b0 * n0, n0, LOW), LOW, PRECISION)
     r1 = _invert_block(_overlap(a11, b1 * n1, n1, LOW), LOW, PRECISION)
@@ -286,18 +298,18 @@ def invert(
     r21 = -_product(y21, r1, LOW, PRECISION)
     r31 = -_product(y31, r1, LOW, PRECISION)
 
-    inverse += base * (HV * CHUNK) + head * CHUNK
-    row0 = r * (HV * CHUNK)
-    row1 = row0 + 16 * (HV * CHUNK)
-    row2 = row0 + 32 * (HV * CHUNK)
-    row3 = row0 + 48 * (HV * CHUNK)
-    _store_block(inverse, r0, row0, g0, g0, low0, low0, b0, in0, 0, WIDE)
-    _store_block(inverse, r10, row1, g1, g0, low1, low0, b0, in1, 0, WIDE)
-    _store_block(inverse, r1, row1, g1, g1, low1, low1, b1, in1, 1, WIDE)
-    _store_block(inverse, r20, row2, g2, g0, low2, low0, b0, in2, 0, WIDE)
-    _store_block(inverse, r21, row2, g2, g1, low2, low1, b1, in2, 1, WIDE)
-    _store_block(inverse, r2, row2, g2, g2, low2, low2, b2, in2, 2, WIDE)
-    _store_block(inverse, r30, row3, g3, g0, low3, low0, b0, in3, 0, WIDE)
-    _store_block(inverse, r31, row3, g3, g1, low3, low1, b1, in3, 1, WIDE)
-    _store_block(inverse, r32, row3, g3, g2, low3, low2, b2, in3, 2, WIDE)
-    _store_block(inverse, r3, row3, g3, g3, low3, low3, b3, in3, 3, WIDE)
+    inverse += program.to(tl.int64) * (CHUNK * CHUNK)
+    row0 = r * CHUNK
+    row1 = row0 + 16 * CHUNK
+    row2 = row0 + 32 * CHUNK
+    row3 = row0 + 48 * CHUNK
+    _store_block(inverse, r0, row0, g0, g0, low0, low0, b0, 0, WIDE)
+    _store_block(inverse, r10, row1, g1, g0, low1, low0, b0, 0, WIDE)
+    _store_block(inverse, r1, row1, g1, g1, low1, low1, b1, 1, WIDE)
+    _store_block(inverse, r20, row2, g2, g0, low2, low0, b0, 0, WIDE)
+    _store_block(inverse, r21, row2, g2, g1, low2, low1, b1, 1, WIDE)
+    _store_block(inverse, r2, row2, g2, g2, low2, low2, b2, 2, WIDE)
+    _store_block(inverse, r30, row3, g3, g0, low3, low0, b0, 0, WIDE)
+    _store_block(inverse, r31, row3, g3, g1, low3, low1, b1, 1, WIDE)
+    _store_block(inverse, r32, row3, g3, g2, low3, low2, b2, 2, WIDE)
+    _store_block(inverse, r3, row3, g3, g3, low3, low3, b3, 3, WIDE)
