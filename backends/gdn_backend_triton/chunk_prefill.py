@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chunk prefill: what needs no state for all chunks at once, then a scan along every sequence.
 
-1. ``attend`` and ``invert`` fill what every chunk needs that depends on no state.
+1. ``compare`` and ``prepare`` fill what every chunk needs that depends on no state.
 2. Where sequences are too few to fill the device they are cut into segments that run side by side.
    ``_bridge`` gives every segment what it needs to start: where a head has decayed to below
    float32's rounding since some chunk, nothing, the segment warms up from there; else the map
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn_backend_triton.chunk_prepare import CHUNK, attend, invert
+from gdn_backend_triton.chunk_prepare import CHUNK, compare, prepare
 from gdn_backend_triton.launch import (
     FP_FUSION,
     STEP_SIZES,
@@ -101,7 +101,7 @@ def _updates(
     at = inverse + i.to(tl.int64) * (HV * CHUNK * CHUNK) + r[:, None] * CHUNK + r[None, :]
     solve = tl.load(at, mask=below, other=0.0)
     read = tl.load(factors + i.to(tl.int64) * (HV * 4 * CHUNK) + CHUNK + r)
-    wanted = _left(kt, S.to(kt.dtype), V_FIRST, PRECISION) * -_by_token(read, V_FIRST)
+    wanted = _left(kt, S.to(kt.dtype), V_FIRST, PRECISION) * _by_token(read, V_FIRST)
     if HAS_V:
         at = v + r[:, None] * v_t + o_v[None, :] * v_v
         vt = tl.load(at, mask=(r < left)[:, None], other=0.0)
@@ -193,21 +193,36 @@ def _bridge(
     PROGRAMS: tl.constexpr = TILES_V + K // BK
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     program = tl.program_id(0)
     i_tile = program % PROGRAMS
     head = (program // PROGRAMS) % HV
     place = program // (PROGRAMS * HV)
     sequence, start, end, first = locate(cu_seqlens, cu_s, N, T, place, segment_tokens)
     last = first + segment_tokens
-    if (sequence == N) | (last >= end):
-        return
-    slot = tl.load(state_indices + sequence * state_indices_s).to(tl.int64)
+    slot = tl.full([], PAD, tl.int64)
+    if (sequence < N) & (last < end):
+        slot = tl.load(state_indices + sequence * state_indices_s).to(tl.int64)
     if slot <= PAD:
+        if OVERLAPS:
+            tl.extra.cuda.gdc_wait()
         return
+    o_k = tl.arange(0, K)
+    o_v = i_tile * BV + tl.arange(0, BV)
+    at = place.to(tl.int64) * HV + head
+    kept = at * (V * K) + _tile(o_k, 1, o_v, K, V_FIRST)
+    S = tl.zeros([BV, K] if V_FIRST else [K, BV], tl.float32)
+    if (first == start) & (i_tile < TILES_V):
+        is_read = True
+        if has_initial_state is not None:
+            is_read = tl.load(has_initial_state + sequence * has_initial_s) != 0
+        if is_read:
+            own = _tile(o_k, state_k, o_v, state_v, V_FIRST) + head * state_h
+            S = tl.load(state + slot * state_s + own).to(tl.float32)
+        tl.store(initial + kept, S)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
     inverse += head * (CHUNK * CHUNK)
     factors += head * (4 * CHUNK)
-    o_k = tl.arange(0, K)
     chunks = segment_tokens // CHUNK
     i = sequence + start // CHUNK + (first - start) // CHUNK
     _, remembers = _chunks_to_warm_up(factors, i + chunks, warm_up_limit, HV, L2NORM)
@@ -221,19 +236,7 @@ def _bridge(
     v += head * v_h + first.to(tl.int64) * v_t
     i -= warm_up
     left = end - first
-    at = place.to(tl.int64) * HV + head
     if i_tile < TILES_V:
-        o_v = i_tile * BV + tl.arange(0, BV)
-        kept = at * (V * K) + _tile(o_k, 1, o_v, K, V_FIRST)
-        S = tl.zeros([BV, K] if V_FIRST else [K, BV], tl.float32)
-        if last - segment_tokens == start:
-            is_read = True
-            if has_initial_state is not None:
-                is_read = tl.load(has_initial_state + sequence * has_initial_s) != 0
-            if is_read:
-                own = _tile(o_k, state_k, o_v, state_v, V_FIRST) + head * state_h
-                S = tl.load(state + slot * state_s + own).to(tl.float32)
-            tl.store(initial + kept, S)
         if remembers:
             S = _run(
                 S, k, v, inverse, factors, i, chunks + warm_up, left, o_v,
@@ -242,16 +245,16 @@ def _bridge(
             tl.store(add + kept, S)
     elif remembers & slow:
         row = (i_tile - TILES_V) * BK + tl.arange(0, BK)
-        S = tl.where(_by_token(o_k, V_FIRST) == _by_token(row, not V_FIRST), 1.0, 0.0)
-        S = _run(
-            S, k, v, inverse, factors, i, chunks, left, row,
+        M = tl.where(_by_token(o_k, V_FIRST) == _by_token(row, not V_FIRST), 1.0, 0.0)
+        M = _run(
+            M, k, v, inverse, factors, i, chunks, left, row,
             k_t, k_k, v_t, v_v, HV, K, False, V_FIRST, PRECISION,
         )  # fmt: skip
-        kept = at * (K * K) + _tile(o_k, 1, row, K, V_FIRST)
-        high = S.to(multiply_high.dtype.element_ty)
-        low = S - high.to(tl.float32)
-        tl.store(multiply_high + kept, high)
-        tl.store(multiply_low + kept, low.to(multiply_low.dtype.element_ty))
+        of_map = at * (K * K) + _tile(o_k, 1, row, K, V_FIRST)
+        high = M.to(multiply_high.dtype.element_ty)
+        low = M - high.to(tl.float32)
+        tl.store(multiply_high + of_map, high)
+        tl.store(multiply_low + of_map, low.to(multiply_low.dtype.element_ty))
 
 
 @triton.jit
@@ -292,7 +295,7 @@ def _fold(
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _scan(
-    q, k, v, state, attention, inverse, factors, decay_low, k_factor,
+    q, k, v, state, attention, inverse, factors, decay_low, norms,
     initial, add, multiply_high, multiply_low, out, checkpoint_state, cu_seqlens, state_indices,
     has_initial_state, out_state_indices, checkpoint_offsets, checkpoint_indices,
     N, T, segment_tokens, warm_up_limit,
@@ -308,8 +311,6 @@ def _scan(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write outputs and final states; a program owns BV rows of one head of one segment."""
-    if OVERLAPS:
-        tl.extra.cuda.gdc_wait()
     program = tl.program_id(0)
     o_v = program % (V // BV) * BV + tl.arange(0, BV)
     head = (program // (V // BV)) % HV
@@ -318,6 +319,8 @@ def _scan(
     sequence, start, end, first = locate(cu_seqlens, cu_s, N, T, place, segment_tokens)
     # an empty sequence has a state to move all the same
     if (first >= end) & ((first != start) | (sequence == N)):
+        if OVERLAPS:
+            tl.extra.cuda.gdc_wait()
         return
     base = first.to(tl.int64)
     q += k_head * q_h + base * q_t
@@ -340,22 +343,28 @@ def _scan(
             at = out + r[:, None] * out_t + o_v[None, :] * out_v
             tl.store(at, zero, mask=(r < last - token)[:, None])
             out += CHUNK * out_t
+        if OVERLAPS:
+            tl.extra.cuda.gdc_wait()
         return
 
     own = _tile(o_k, state_k, o_v, state_v, V_FIRST) + head * state_h
     S = tl.zeros([BV, K] if V_FIRST else [K, BV], tl.float32)
-    if first == start:
-        is_read = True
-        if has_initial_state is not None:
-            is_read = tl.load(has_initial_state + sequence * has_initial_s) != 0
-        if SEGMENTS:
-            if last < end:
-                is_read = False
-                kept = (place.to(tl.int64) * HV + head) * (V * K)
-                S = tl.load(initial + kept + _tile(o_k, 1, o_v, K, V_FIRST))
-        if is_read:
-            S = tl.load(state + slot * state_s + own).to(tl.float32)
-    elif SEGMENTS:
+    is_read = first == start
+    if SEGMENTS:
+        is_read = is_read & (last == end)
+    if has_initial_state is not None:
+        is_read = is_read & (tl.load(has_initial_state + sequence * has_initial_s) != 0)
+    if is_read:
+        S = tl.load(state + slot * state_s + own).to(tl.float32)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+    if not SEGMENTS:
+        pass
+    elif first == start:
+        if last < end:
+            kept = (place.to(tl.int64) * HV + head) * (V * K)
+            S = tl.load(initial + kept + _tile(o_k, 1, o_v, K, V_FIRST))
+    else:
         warm_up, slow = _chunks_to_warm_up(factors, i, warm_up_limit, HV, L2NORM)
         if slow:
             S = _fold(
@@ -413,7 +422,8 @@ def _scan(
                     apart += tl.load(low + row) - tl.load(low + r)
                 part = tl.exp2(tl.minimum(apart, 0.0))
                 if L2NORM:
-                    part *= tl.load(k_factor + (i.to(tl.int64) * H + k_head) * CHUNK + r)
+                    norm = norms + (i.to(tl.int64) * H + k_head) * (2 * CHUNK) + CHUNK
+                    part *= tl.load(norm + r)
                 part = tl.where(r <= row, part, 0.0)
                 kept_state = _after(S, kt, u, part, kept_total, V_FIRST, PRECISION)
                 tl.store(to_checkpoint, kept_state.to(checkpoint_state.dtype.element_ty))
@@ -502,22 +512,25 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool, ti
         inverse = scratch(places, HV, CHUNK.value, CHUNK.value, dtype=v.dtype)
         factors = scratch(places, HV, 4, CHUNK.value)
         decay_low = None if LOW else scratch(places, HV, CHUNK.value)
-        k_factor = scratch(places, H, CHUNK.value) if L2NORM else None
+        # of normalised q and k float16 holds more than bfloat16
+        products = torch.float16 if LOW and L2NORM else torch.float32
+        queries = scratch(places, H, CHUNK.value, CHUNK.value, dtype=products)
+        keys = scratch(places, H, CHUNK.value, CHUNK.value, dtype=products)
+        norms = scratch(places, H, 2, CHUNK.value)
         cu_seqlens, slots = metadata.cu_seqlens, metadata.state_indices
         fresh, targets = metadata.has_initial_state, metadata.out_state_indices
         offsets, rows = metadata.checkpoint_offsets, metadata.checkpoint_indices
         kept, kept_pad = (state, PAD) if checkpoint_state is None else (checkpoint_state, -1)
         cu_s, slots_s = cu_seqlens.stride(0), slots.stride(0)
-        attend[(places * H,)](
-            q, k, g, attention, factors, decay_low, k_factor, cu_seqlens, slots,
-            N, T, spec.q_scale, *g.stride(), cu_s, slots_s, *q.stride(), *k.stride(),
-            H, HV, K, min(K, 128), L2NORM, PAD, OVERLAPS, PRECISION,
+        compare[(places * H,)](
+            q, k, queries, keys, norms, cu_seqlens, slots, N, T, spec.q_scale, cu_s, slots_s,
+            *q.stride(), *k.stride(), H, K, min(K, 128), L2NORM, PAD, OVERLAPS, PRECISION,
             num_warps=2 if narrow else 4, num_stages=1, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
-        invert[(places * HV,)](
-            k, beta, inverse, factors, decay_low, k_factor, cu_seqlens, slots, N, T,
-            *beta.stride(), cu_s, slots_s, *k.stride(),
-            H, HV, K, min(K, 128), L2NORM, PAD, LOW, OVERLAPS, PRECISION,
+        prepare[(places * HV,)](
+            g, beta, queries, keys, norms, attention, inverse, factors, decay_low,
+            cu_seqlens, slots, N, T, *g.stride(), *beta.stride(), cu_s, slots_s,
+            H, HV, PAD, LOW, OVERLAPS, PRECISION,
             num_warps=1, num_stages=1, enable_fp_fusion=FP_FUSION, **early,
         )  # fmt: skip
         segment = 0 if never_cut else _segment(T, N, HV * (V // BV), tile)
@@ -535,7 +548,7 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool, ti
                 H, HV, K, V, BV, BK, L2NORM, PAD, V_FIRST, OVERLAPS, PRECISION, **launch_scan, **early,
             )  # fmt: skip
         _scan[(pieces * HV * (V // BV),)](
-            q, k, v, state, attention, inverse, factors, decay_low, k_factor,
+            q, k, v, state, attention, inverse, factors, decay_low, norms,
             initial, add, high, low, out, kept, cu_seqlens, slots, fresh, targets, offsets, rows,
             N, T, segment or T + CHUNK.value, warm_up,
             *state.stride(), *kept.stride(),
