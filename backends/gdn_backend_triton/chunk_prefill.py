@@ -26,6 +26,7 @@ from gdn_backend_triton.launch import (
     ceil_div,
     refuse_gradients,
 )
+from gdn_backend_triton.replay import can_overlap
 from gdn_backend_triton.sequences import locate, num_programs
 from gdn_backend_triton.taps import strides
 from gdn_portable.interface import ChunkPrefill
@@ -37,13 +38,8 @@ DROPPED = tl.constexpr(-32.0)
 
 
 class Tile(NamedTuple):
-    """How the scan is cut; ``programs`` is how many fill the device.
+    """How the scan is cut; ``programs`` is how many fill the device."""
 
-    Where ``v_first``, a program holds S as [BV, K]: the products that lie one behind the other
-    then take what the one before left in registers. Else S is [K, BV], which needs fewer.
-    """
-
-    v_first: bool
     BV: int
     warps: int
     stages: int
@@ -51,14 +47,16 @@ class Tile(NamedTuple):
 
 
 TILES = {
-    "sm90": Tile(v_first=True, BV=128, warps=8, stages=3, programs=132),
-    "sm100": Tile(v_first=False, BV=64, warps=4, stages=1, programs=296),
-    "sm103": Tile(v_first=False, BV=64, warps=4, stages=1, programs=296),
-    "sm120": Tile(v_first=False, BV=32, warps=4, stages=1, programs=340),
-    "gfx942": Tile(v_first=False, BV=32, warps=4, stages=1, programs=608),
-    "gfx950": Tile(v_first=False, BV=32, warps=4, stages=1, programs=512),
+    "sm90": Tile(BV=64, warps=4, stages=1, programs=264),
+    "sm100": Tile(BV=64, warps=4, stages=1, programs=296),
+    "sm103": Tile(BV=64, warps=4, stages=1, programs=296),
+    "sm120": Tile(BV=32, warps=4, stages=1, programs=340),
+    "gfx942": Tile(BV=32, warps=4, stages=1, programs=608),
+    "gfx950": Tile(BV=32, warps=4, stages=1, programs=512),
 }
-FLOAT32 = {"sm90": Tile(v_first=False, BV=64, warps=4, stages=1, programs=264)}
+# of a state held as [BV, K]: what one product leaves in registers is an operand of the next there,
+# and only there: elsewhere registers spill (an H200 takes 3.3 us per chunk, 5.1 as [K, BV])
+V_FIRST_TILES = {"sm90": Tile(BV=128, warps=8, stages=3, programs=132)}
 SHORTEST = 4  # chunks of a segment
 WIDEST_MAP = 256  # bytes of a row
 
@@ -146,10 +144,13 @@ def _run(
     for _ in range(chunks):
         at = k + r[:, None] * k_t + o_k[None, :] * k_k
         kt = tl.load(at, mask=(r < left)[:, None], other=0.0)
-        u = _updates(S, kt, v, inverse, factors, i, left, o_v, v_t, v_v, HV, HAS_V, V_FIRST, PRECISION)
         weights = factors + i.to(tl.int64) * (HV * 4 * CHUNK)
         write = tl.load(weights + 3 * CHUNK + r)
-        S = _after(S, kt, u, write, tl.load(weights + CHUNK - 1), V_FIRST, PRECISION)
+        total = tl.load(weights + CHUNK - 1, volatile=V_FIRST)
+        u = _updates(
+            S, kt, v, inverse, factors, i, left, o_v, v_t, v_v, HV, HAS_V, V_FIRST, PRECISION
+        )
+        S = _after(S, kt, u, write, total, V_FIRST, PRECISION)
         i += 1
         left -= CHUNK
         k += CHUNK * k_t
@@ -181,8 +182,8 @@ def _bridge(
     k_t: tl.constexpr, k_h: tl.constexpr, k_k: tl.constexpr,
     v_t: tl.constexpr, v_h: tl.constexpr, v_v: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    BK: tl.constexpr, L2NORM: tl.constexpr, PAD: tl.constexpr, V_FIRST: tl.constexpr, OVERLAPS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BK: tl.constexpr, L2NORM: tl.constexpr, PAD: tl.constexpr, V_FIRST: tl.constexpr,
+    OVERLAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keep initial states [., HV, V, K]; where a head remembers, N likewise and M [., HV, K, K].
 
@@ -277,8 +278,8 @@ def _fold(
     kept = _tile(o_k, 1, o_v, K, V_FIRST)
     at = (place - back).to(tl.int64) * HV + head
     S = tl.load(add + at * (V * K) + kept)
-    # more stages would hold more maps than fit beside the scan's tiles
-    for step in tl.range(1, back, num_stages=1):
+    # more stages would hold more maps than the scan's tiles take
+    for step in tl.range(1, back, num_stages=2 if V_FIRST else 1):
         at = (place - back + step).to(tl.int64) * HV + head
         # M is kept as the sum of two and S is cut likewise: three products are exact enough
         row = at * (K * K) + o_k[:, None] + o_k[None, :] * K
@@ -307,8 +308,7 @@ def _scan(
     out_t: tl.constexpr, out_h: tl.constexpr, out_v: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     SEGMENTS: tl.constexpr, CHECKPOINT_PAD: tl.constexpr, L2NORM: tl.constexpr,
-    PAD: tl.constexpr, V_FIRST: tl.constexpr, OVERLAPS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PAD: tl.constexpr, V_FIRST: tl.constexpr, OVERLAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write outputs and final states; a program owns BV rows of one head of one segment."""
     program = tl.program_id(0)
@@ -349,27 +349,28 @@ def _scan(
 
     own = _tile(o_k, state_k, o_v, state_v, V_FIRST) + head * state_h
     S = tl.zeros([BV, K] if V_FIRST else [K, BV], tl.float32)
-    is_read = first == start
-    if SEGMENTS:
-        is_read = is_read & (last == end)
-    if has_initial_state is not None:
-        is_read = is_read & (tl.load(has_initial_state + sequence * has_initial_s) != 0)
-    if is_read:
-        S = tl.load(state + slot * state_s + own).to(tl.float32)
+    if first == start:
+        is_read = True
+        if has_initial_state is not None:
+            is_read = tl.load(has_initial_state + sequence * has_initial_s) != 0
+        if SEGMENTS:
+            if last < end:
+                is_read = False
+                if OVERLAPS:
+                    tl.extra.cuda.gdc_wait()
+                kept = (place.to(tl.int64) * HV + head) * (V * K)
+                S = tl.load(initial + kept + _tile(o_k, 1, o_v, K, V_FIRST))
+        if is_read:
+            S = tl.load(state + slot * state_s + own).to(tl.float32)
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
-    if not SEGMENTS:
-        pass
-    elif first == start:
-        if last < end:
-            kept = (place.to(tl.int64) * HV + head) * (V * K)
-            S = tl.load(initial + kept + _tile(o_k, 1, o_v, K, V_FIRST))
-    else:
+    if SEGMENTS and first != start:
         warm_up, slow = _chunks_to_warm_up(factors, i, warm_up_limit, HV, L2NORM)
         if slow:
             S = _fold(
                 add, multiply_high, multiply_low, factors, place, i,
-                sequence + start // CHUNK, head, segment_tokens, warm_up_limit, o_v, HV, K, V, L2NORM, V_FIRST, PRECISION,
+                sequence + start // CHUNK, head, segment_tokens, warm_up_limit, o_v,
+                HV, K, V, L2NORM, V_FIRST, PRECISION,
             )  # fmt: skip
         else:
             S = _run(
@@ -401,11 +402,14 @@ def _scan(
         at = attention + i.to(tl.int64) * (HV * CHUNK * CHUNK) + r[:, None] * CHUNK + r[None, :]
         seen = tl.load(at, mask=below, other=0.0)
         weights = factors + i.to(tl.int64) * (HV * 4 * CHUNK)
-        reach = tl.load(weights + 2 * CHUNK + r)
+        # volatile is not moved to where it is used: the products in between hide what it takes
+        reach = tl.load(weights + 2 * CHUNK + r, volatile=V_FIRST)
         write = tl.load(weights + 3 * CHUNK + r)
-        total = tl.load(weights + CHUNK - 1)
+        total = tl.load(weights + CHUNK - 1, volatile=V_FIRST)
         o = _left(qt, S.to(kt.dtype), V_FIRST, PRECISION) * _by_token(reach, V_FIRST)
-        u = _updates(S, kt, v, inverse, factors, i, left, o_v, v_t, v_v, HV, True, V_FIRST, PRECISION)
+        u = _updates(
+            S, kt, v, inverse, factors, i, left, o_v, v_t, v_v, HV, True, V_FIRST, PRECISION
+        )
         if V_FIRST:
             o = tl.dot(u.to(kt.dtype), tl.trans(seen), o, input_precision=PRECISION)
         else:
@@ -458,32 +462,35 @@ def _segment(tokens: int, sequences: int, programs: int, tile: Tile) -> int:
     return segment if segment < tokens else 0
 
 
-def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool, tile=None, MORE=None) -> ChunkPrefill:
+def _pick_tile(spec: GdnSpec, device: Device) -> tuple[Tile, bool]:
+    """Return the tile, its BV and warps cut to the heads, and whether the state is held V first."""
+    K, V = spec.head_k_dim, spec.head_v_dim
+    tile = V_FIRST_TILES.get(device.arch)
+    if tile and spec.dtype.itemsize == 2 and min(K, V) >= 64 and K <= 128:
+        BV = min(tile.BV, V)
+        return tile._replace(BV=BV, warps=tile.warps * BV // tile.BV), True
+    tile = TILES[device.arch]
+    BV = min(tile.BV * 256 // max(K * spec.dtype.itemsize, 256), V)
+    # wgmma reads past the end of shared memory where a tile is narrower than 64 (Triton 3.6, seen
+    # with memcheck on an H200); two warps use mma instead
+    narrow = device.kind == "cuda" and min(BV, K) < 64
+    return tile._replace(BV=BV, warps=2 if narrow else tile.warps), False
+
+
+def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -> ChunkPrefill:
     """Return the op; ``deterministic`` never cuts sequences, as where depends on the batch."""
     H, HV, K, V = spec.num_k_heads, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
     L2NORM, PAD = spec.qk_l2norm, spec.pad_slot
     LOW = spec.dtype is not torch.float32
-    row = K * spec.dtype.itemsize
-    if tile is None:
-        tile = TILES[device.arch]
-    if tile.v_first and not (LOW and K <= 128 and K >= 64 and V >= 64):
-        tile = FLOAT32[device.arch]
-    V_FIRST = tile.v_first
-    BV = min(tile.BV * 256 // max(row, 256), V)
-    BK = min(BV, K)
-    # wgmma reads past the end of shared memory where a tile is narrower than 64 (Triton 3.6, seen
-    # with memcheck on an H200); two warps use mma instead
-    narrow = device.kind == "cuda" and min(BV, K) < 64
-    warps = tile.warps * BV // tile.BV if V_FIRST else tile.warps
-    launch_scan = {"num_warps": 2 if narrow else warps, "num_stages": tile.stages}
-    launch_scan["enable_fp_fusion"] = FP_FUSION
-    MORE = MORE or {}
-    OVERLAPS = MORE.get('pdl', device.kind == "cuda" and device.arch not in ("sm80",))
+    tile, V_FIRST = _pick_tile(spec, device)
+    BV, BK = tile.BV, min(tile.BV, K)
+    OVERLAPS = can_overlap(device)
+    plain = {"num_stages": 1, "enable_fp_fusion": FP_FUSION}
     early = {"launch_pdl": True} if OVERLAPS else {}
-    launch_scan.update({k: v for k, v in MORE.items() if k != 'pdl'})
+    launch_scan = {**plain, **early, "num_warps": tile.warps, "num_stages": tile.stages}
     PRECISION = "ieee" if device.kind == "rocm" or LOW else "tf32x3"
     # the maps of wider heads do not fit into shared memory
-    never_cut = deterministic or row > WIDEST_MAP
+    never_cut = deterministic or K * spec.dtype.itemsize > WIDEST_MAP
 
     def chunk_prefill(
         q: Tensor,
@@ -523,15 +530,15 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool, ti
         kept, kept_pad = (state, PAD) if checkpoint_state is None else (checkpoint_state, -1)
         cu_s, slots_s = cu_seqlens.stride(0), slots.stride(0)
         compare[(places * H,)](
-            q, k, queries, keys, norms, cu_seqlens, slots, N, T, spec.q_scale, cu_s, slots_s,
+            q, k, queries, keys, norms, cu_seqlens, slots, N, T, cu_s, slots_s,
             *q.stride(), *k.stride(), H, K, min(K, 128), L2NORM, PAD, OVERLAPS, PRECISION,
-            num_warps=2 if narrow else 4, num_stages=1, enable_fp_fusion=FP_FUSION,
+            num_warps=min(tile.warps, 4), **plain,
         )  # fmt: skip
-        prepare[(places * HV,)](
+        prepare[(places * HV * 2,)](
             g, beta, queries, keys, norms, attention, inverse, factors, decay_low,
-            cu_seqlens, slots, N, T, *g.stride(), *beta.stride(), cu_s, slots_s,
+            cu_seqlens, slots, N, T, spec.q_scale, *g.stride(), *beta.stride(), cu_s, slots_s,
             H, HV, PAD, LOW, OVERLAPS, PRECISION,
-            num_warps=1, num_stages=1, enable_fp_fusion=FP_FUSION, **early,
+            num_warps=1, **plain, **early,
         )  # fmt: skip
         segment = 0 if never_cut else _segment(T, N, HV * (V // BV), tile)
         initial = add = high = low = None
@@ -545,7 +552,7 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool, ti
                 k, v, state, inverse, factors, initial, add, high, low,
                 cu_seqlens, slots, fresh, N, T, segment, warm_up,
                 *state.stride(), cu_s, slots_s, *strides(fresh, 1), *k.stride(), *v.stride(),
-                H, HV, K, V, BV, BK, L2NORM, PAD, V_FIRST, OVERLAPS, PRECISION, **launch_scan, **early,
+                H, HV, K, V, BV, BK, L2NORM, PAD, V_FIRST, OVERLAPS, PRECISION, **launch_scan,
             )  # fmt: skip
         _scan[(pieces * HV * (V // BV),)](
             q, k, v, state, attention, inverse, factors, decay_low, norms,
@@ -556,7 +563,7 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool, ti
             *strides(offsets, 1), *strides(rows, 1),
             *q.stride(), *k.stride(), *v.stride(), *out.stride(),
             H, HV, K, V, BV, bool(segment), kept_pad, L2NORM, PAD, V_FIRST, OVERLAPS, PRECISION,
-            **launch_scan, **early,
+            **launch_scan,
         )  # fmt: skip
         return out
 

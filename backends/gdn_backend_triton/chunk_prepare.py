@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the chunks of a prefill need before any state is known.
 
-``attend`` finds decays, norms and how far each token sees the ones before it; ``invert`` solves
-for the updates.
+``compare`` multiplies the queries and keys of a chunk with its keys, once for all value heads;
+``prepare`` adds a head's decays: how far each token sees the ones before it, and what solves for
+the updates.
 
 In a chunk of C = 64 tokens with cumulative log decay G, the updates u of a state S solve
 
@@ -66,8 +67,8 @@ def _apart(G_i, G_j, low_i, low_j, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _sums(g, before, before_low, WIDE: tl.constexpr):
-    """Return running sums of g [16] in log2 on top of those before it, each as two terms.
+def _sums(g, WIDE: tl.constexpr):
+    """Return running sums of g [16] in log2, each as two terms.
 
     One strong decay would blur the weak ones beside it: where WIDE, sums of sixteenths are exact
     and the rest of each decay is too small to lose anything. Else the second term is 0.
@@ -76,9 +77,9 @@ def _sums(g, before, before_low, WIDE: tl.constexpr):
     low = tl.zeros_like(g)
     if WIDE:
         coarse = tl.floor(g * 16.0 + 0.5) * 0.0625
-        low = tl.cumsum(g - coarse, 0) + before_low
+        low = tl.cumsum(g - coarse, 0)
         g = coarse
-    return tl.cumsum(g, 0) + before, low
+    return tl.cumsum(g, 0), low
 
 
 @triton.jit
@@ -88,18 +89,81 @@ def _last(x):
 
 
 @triton.jit
-def _load_rows(x, stride, left, ROW: tl.constexpr):
-    """Return x [16] from ROW on, 0 past the end."""
-    r = ROW + tl.arange(0, 16)
-    return tl.load(x + r * stride, mask=r < left, other=0.0)
+def _chunk_sums(g, WIDE: tl.constexpr):
+    """Return a chunk's running sums and their second terms, and both at the ends of each [16]."""
+    G0, low0 = _sums(g[0], WIDE)
+    G1, low1 = _sums(g[1], WIDE)
+    G2, low2 = _sums(g[2], WIDE)
+    G3, low3 = _sums(g[3], WIDE)
+    end0 = _last(G0)
+    end1 = _last(G1) + end0
+    end2 = _last(G2) + end1
+    end3 = _last(G3) + end2
+    ends = end0, end1, end2, end3
+    low_ends = 0.0, 0.0, 0.0, 0.0
+    if WIDE:
+        low_end0 = _last(low0)
+        low_end1 = _last(low1) + low_end0
+        low_end2 = _last(low2) + low_end1
+        low_end3 = _last(low3) + low_end2
+        low1 += low_end0
+        low2 += low_end1
+        low3 += low_end2
+        low_ends = low_end0, low_end1, low_end2, low_end3
+    return (G0, G1 + end0, G2 + end1, G3 + end2), (low0, low1, low2, low3), ends, low_ends
 
 
 @triton.jit
-def _load_block(x, ROW: tl.constexpr, COLUMN: tl.constexpr):
-    """Return block (ROW, COLUMN) [16, 16] of a chunk's x [64, 64]."""
+def _load_vectors(x, stride, left):
+    """Return x [64] in four, 0 past the end; see ``_load_blocks``."""
     r = tl.arange(0, 16)
-    at = (ROW * 16 + r)[:, None] * CHUNK + (COLUMN * 16 + r)[None, :]
-    return tl.load(x + at)
+    x0 = tl.zeros([16], tl.float32)
+    x1 = x0
+    x2 = x0
+    x3 = x0
+    if left > 0:
+        x0 = tl.load(x + r * stride, mask=r < left, other=0.0)
+        x1 = tl.load(x + (r + 16) * stride, mask=r + 16 < left, other=0.0)
+        x2 = tl.load(x + (r + 32) * stride, mask=r + 32 < left, other=0.0)
+        x3 = tl.load(x + (r + 48) * stride, mask=r + 48 < left, other=0.0)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _block(ROW: tl.constexpr, COLUMN: tl.constexpr):
+    """Return the offsets of block (ROW, COLUMN) [16, 16] in a chunk's [64, 64]."""
+    r = tl.arange(0, 16)
+    return (ROW * 16 + r)[:, None] * CHUNK + (COLUMN * 16 + r)[None, :]
+
+
+@triton.jit
+def _load_blocks(x, left):
+    """Return the ten blocks of a chunk's x [64, 64] on and below its diagonal, row by row.
+
+    In a branch, always taken, they are all asked for before the first is waited for.
+    """
+    x00 = tl.zeros([16, 16], x.dtype.element_ty)
+    x10 = x00
+    x11 = x00
+    x20 = x00
+    x21 = x00
+    x22 = x00
+    x30 = x00
+    x31 = x00
+    x32 = x00
+    x33 = x00
+    if left > 0:
+        x00 = tl.load(x + _block(0, 0))
+        x10 = tl.load(x + _block(1, 0))
+        x11 = tl.load(x + _block(1, 1))
+        x20 = tl.load(x + _block(2, 0))
+        x21 = tl.load(x + _block(2, 1))
+        x22 = tl.load(x + _block(2, 2))
+        x30 = tl.load(x + _block(3, 0))
+        x31 = tl.load(x + _block(3, 1))
+        x32 = tl.load(x + _block(3, 2))
+        x33 = tl.load(x + _block(3, 3))
+    return x00, x10, x11, x20, x21, x22, x30, x31, x32, x33
 
 
 @triton.jit
@@ -112,55 +176,102 @@ def _overlap(keys, beta, LOW: tl.constexpr):
 
 
 @triton.jit
-def _store_block(x, block, ROW: tl.constexpr, COLUMN: tl.constexpr):
-    """Store block (ROW, COLUMN) [16, 16] of a chunk's x [64, 64]."""
-    r = tl.arange(0, 16)
-    at = (ROW * 16 + r)[:, None] * CHUNK + (COLUMN * 16 + r)[None, :]
-    tl.store(x + at, block.to(x.dtype.element_ty))
-
-
-@triton.jit
-def _decays(G, low, WIDE: tl.constexpr):
-    """Return the decays between the tokens of a block."""
-    r = tl.arange(0, 16)
-    decays = tl.exp2(_apart(G[:, None], G[None, :], low[:, None], low[None, :], WIDE))
-    return tl.where(r[:, None] >= r[None, :], decays, 0.0)
-
-
-@triton.jit
 def _store_decayed(
-    x, block, G_row, G_column, low_row, low_column, factor,
-    ROW: tl.constexpr, COLUMN: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Store a block below the diagonal: its decays are those since and to its columns' end."""
-    end, end_low = _last(G_column), _last(low_column)
-    rows = tl.exp2(_apart(G_row, end, low_row, end_low, WIDE))
-    columns = tl.exp2(_apart(end, G_column, end_low, low_column, WIDE)) * factor
-    _store_block(x, block.to(tl.float32) * rows[:, None] * columns[None, :], ROW, COLUMN)
+    x, block, sums, factor, ROW: tl.constexpr, COLUMN: tl.constexpr, WIDE: tl.constexpr
+):
+    """Store a block of a chunk's x [64, 64] times its decays and a factor of each column."""
+    G, low, ends, low_ends = sums
+    block = block.to(tl.float32)
+    if ROW == COLUMN:
+        r = tl.arange(0, 16)
+        apart = _apart(G[ROW][:, None], G[ROW][None, :], low[ROW][:, None], low[ROW][None, :], WIDE)
+        block *= tl.where(r[:, None] >= r[None, :], tl.exp2(apart), 0.0)
+    else:
+        # fewer exponentials: since the end of the columns, and up to it
+        end, low_end = ends[COLUMN], low_ends[COLUMN]
+        block *= tl.exp2(_apart(G[ROW], end, low[ROW], low_end, WIDE))[:, None]
+        factor *= tl.exp2(_apart(end, G[COLUMN], low_end, low[COLUMN], WIDE))
+    block *= factor[None, :]
+    tl.store(x + _block(ROW, COLUMN), block.to(x.dtype.element_ty))
 
 
 @triton.jit
-def _store_factors(
-    factors, decay_low, norms, G, low, total, total_low, ROW: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+def _store_factors(factors, decay_low, n_q, n_k, sums, ROW: tl.constexpr, WIDE: tl.constexpr):
     """Store the factors of 16 rows."""
+    G, low, ends, low_ends = sums
     r = ROW * 16 + tl.arange(0, 16)
-    n_q = tl.load(norms + r)
-    n_k = tl.load(norms + CHUNK + r)
-    # the sum is rounded here, and only what is lost by it is kept
-    rounded = G + low if WIDE else G
+    rounded = G[ROW]
     if WIDE:
-        tl.store(decay_low + r, (G - rounded) + low)
+        # the sum of both terms is rounded here, and what is lost by it is kept
+        rounded += low[ROW]
+        tl.store(decay_low + r, (G[ROW] - rounded) + low[ROW])
+    after = tl.exp2(_apart(ends[3], G[ROW], low_ends[3], low[ROW], WIDE))
     tl.store(factors + r, rounded)
     tl.store(factors + CHUNK + r, tl.exp2(rounded) * -n_k)
     tl.store(factors + 2 * CHUNK + r, tl.exp2(rounded) * n_q)
-    after = tl.exp2(_apart(total, G, total_low, low, WIDE))
     tl.store(factors + 3 * CHUNK + r, after * n_k)
+
+
+@triton.jit
+def _attend(attention, factors, decay_low, queries, norms, g, scale, left, WIDE: tl.constexpr):
+    """Store a chunk's attention and factors."""
+    q = _load_blocks(queries, left)
+    n_q = _load_vectors(norms, 1, CHUNK)
+    n_k = _load_vectors(norms + CHUNK, 1, CHUNK)
+    sums = _chunk_sums(g, WIDE)
+    factor = tl.full([16], 1.0, tl.float32) * scale
+    for i in tl.static_range(4):
+        _store_factors(factors, decay_low, n_q[i] * scale, n_k[i], sums, i, WIDE)
+    for i in tl.static_range(4):
+        for j in tl.static_range(i + 1):
+            _store_decayed(attention, q[i * (i + 1) // 2 + j], sums, factor, i, j, WIDE)
+
+
+@triton.jit
+def _invert(
+    inverse, keys, g, beta, beta_t, left, WIDE: tl.constexpr, LOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store a chunk's inverse, decayed and times beta."""
+    k00, k10, k11, k20, k21, k22, k30, k31, k32, k33 = _load_blocks(keys, left)
+    b0, b1, b2, b3 = _load_vectors(beta, beta_t, left)
+    sums = _chunk_sums(g, WIDE)
+    r0 = _invert_block(_overlap(k00, b0, LOW), LOW, PRECISION)
+    r1 = _invert_block(_overlap(k11, b1, LOW), LOW, PRECISION)
+    r2 = _invert_block(_overlap(k22, b2, LOW), LOW, PRECISION)
+    r3 = _invert_block(_overlap(k33, b3, LOW), LOW, PRECISION)
+    _store_decayed(inverse, r0, sums, b0, 0, 0, WIDE)
+    _store_decayed(inverse, r1, sums, b1, 1, 1, WIDE)
+    _store_decayed(inverse, r2, sums, b2, 2, 2, WIDE)
+    _store_decayed(inverse, r3, sums, b3, 3, 3, WIDE)
+    # two inverted halves make the inverse of the whole: R_low X R_high stands below the diagonal
+    r10 = _product(r1, _overlap(k10, b1, LOW), None, LOW, PRECISION)
+    r10 = _product(r10, r0, None, LOW, PRECISION)
+    _store_decayed(inverse, r10, sums, b0, 1, 0, WIDE)
+    r32 = _product(r3, _overlap(k32, b3, LOW), None, LOW, PRECISION)
+    r32 = _product(r32, r2, None, LOW, PRECISION)
+    _store_decayed(inverse, r32, sums, b2, 3, 2, WIDE)
+    x20 = _overlap(k20, b2, LOW)
+    x21 = _overlap(k21, b2, LOW)
+    y20 = _product(r2, x20, None, LOW, PRECISION)
+    y21 = _product(r2, x21, None, LOW, PRECISION)
+    y30 = _product(r3, _overlap(k30, b3, LOW), None, LOW, PRECISION)
+    y30 = _product(r32, x20, y30, LOW, PRECISION)
+    y31 = _product(r3, _overlap(k31, b3, LOW), None, LOW, PRECISION)
+    y31 = _product(r32, x21, y31, LOW, PRECISION)
+    r20 = _product(y21, r10, _product(y20, r0, None, LOW, PRECISION), LOW, PRECISION)
+    r30 = _product(y31, r10, _product(y30, r0, None, LOW, PRECISION), LOW, PRECISION)
+    r21 = _product(y21, r1, None, LOW, PRECISION)
+    r31 = _product(y31, r1, None, LOW, PRECISION)
+    _store_decayed(inverse, r20, sums, b0, 2, 0, WIDE)
+    _store_decayed(inverse, r30, sums, b0, 3, 0, WIDE)
+    _store_decayed(inverse, r21, sums, b1, 2, 1, WIDE)
+    _store_decayed(inverse, r31, sums, b1, 3, 1, WIDE)
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def compare(
-    q, k, queries, keys, norms, cu_seqlens, state_indices, N, T, scale, cu_s, state_indices_s,
+    q, k, queries, keys, norms, cu_seqlens, state_indices, N, T, cu_s, state_indices_s,
     q_t: tl.constexpr, q_h: tl.constexpr, q_k: tl.constexpr,
     k_t: tl.constexpr, k_h: tl.constexpr, k_k: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, L2NORM: tl.constexpr,
@@ -168,8 +279,8 @@ def compare(
 ):  # fmt: skip
     """Fill queries, q k^T, and keys, k k^T [., H, 64, 64], and norms [., H, 2, 64] of each chunk.
 
-    A program owns a chunk of one q/k head. Products are normalised and scaled, and 0 above the
-    diagonal; blocks of 16 x 16 above it are not written. Norms are what q and k are multiplied by.
+    A program owns a chunk of one q/k head. Products are those of normalised rows; blocks of 16 x 16
+    above the diagonal are not written. Norms are what q and k are multiplied by.
     """
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()
@@ -196,11 +307,11 @@ def compare(
         alike = tl.dot(kt, tl.trans(kt), alike, input_precision=PRECISION)
         if L2NORM:
             own = tl.dot(qt, tl.trans(qt), own, input_precision=PRECISION)
-    n_q = tl.full([CHUNK], 1.0, tl.float32) * scale
+    n_q = tl.full([CHUNK], 1.0, tl.float32)
     n_k = tl.full([CHUNK], 1.0, tl.float32)
     if L2NORM:
         diagonal = r[:, None] == r[None, :]
-        n_q = tl.rsqrt(tl.sum(tl.where(diagonal, own, 0.0), 1) + 1e-6) * scale
+        n_q = tl.rsqrt(tl.sum(tl.where(diagonal, own, 0.0), 1) + 1e-6)
         n_k = tl.rsqrt(tl.sum(tl.where(diagonal, alike, 0.0), 1) + 1e-6)
     at = norms + program.to(tl.int64) * (2 * CHUNK) + r
     tl.store(at, n_q)
@@ -216,23 +327,24 @@ def compare(
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def prepare(
     g, beta, queries, keys, norms, attention, inverse, factors, decay_low,
-    cu_seqlens, state_indices, N, T, g_t, g_h, beta_t, beta_h, cu_s, state_indices_s,
+    cu_seqlens, state_indices, N, T, scale, g_t, g_h, beta_t, beta_h, cu_s, state_indices_s,
     H: tl.constexpr, HV: tl.constexpr, PAD: tl.constexpr, LOW: tl.constexpr,
     OVERLAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fill attention and inverse [., HV, 64, 64] and factors [., HV, 4, 64] of every chunk.
 
-    A program owns a chunk of one value head, in ten blocks of 16 x 16; those above the diagonal
-    are not written. Token i of a chunk sees token j with weight e^(G_i - G_j) q_i k_j. Factors are
-    the decay G in log2, and ``read``, ``reach`` and ``write``: the state before the chunk is read
-    with ``read`` k, negative because it is taken off v, and with ``reach`` q; the one after it gets
-    ``write`` k. They hold decays, norms and scale. Past a sequence's end attention and inverse are 0 and factors are finite.
+    Of a chunk of one value head one program makes the attention and the factors, the next the
+    inverse, in ten blocks of 16 x 16; those above the diagonal are not written. Token i of a chunk
+    sees token j with weight e^(G_i - G_j) q_i k_j. Factors are the decay G in log2, and ``read``,
+    ``reach`` and ``write``: the state before the chunk is read with ``read`` k, negative because it
+    is taken off v, and with ``reach`` q; the one after it gets ``write`` k. They hold decays, norms
+    and scale. Past a sequence's end attention and inverse are 0 and factors are finite.
     """
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()
-    program = tl.program_id(0)
-    head = program % HV
-    place = program // HV
+    chunk = tl.program_id(0) // 2
+    head = chunk % HV
+    place = chunk // HV
     sequence, _, end, first = locate(cu_seqlens, cu_s, N, T, place, CHUNK)
     idle = (sequence == N) | (first >= end)
     if not idle:
@@ -244,94 +356,22 @@ def prepare(
     left = end - first
     g += first.to(tl.int64) * g_t + head * g_h
     beta += first.to(tl.int64) * beta_t + head * beta_h
-    WIDE: tl.constexpr = decay_low is not None
-    G0, low0 = _sums(_load_rows(g, g_t, left, 0), 0.0, 0.0, WIDE)
-    G1, low1 = _sums(_load_rows(g, g_t, left, 16), _last(G0), _last(low0), WIDE)
-    G2, low2 = _sums(_load_rows(g, g_t, left, 32), _last(G1), _last(low1), WIDE)
-    G3, low3 = _sums(_load_rows(g, g_t, left, 48), _last(G2), _last(low2), WIDE)
-    b0 = _load_rows(beta, beta_t, left, 0)
-    b1 = _load_rows(beta, beta_t, left, 16)
-    b2 = _load_rows(beta, beta_t, left, 32)
-    b3 = _load_rows(beta, beta_t, left, 48)
+    g_now = _load_vectors(g, g_t, left)
     if OVERLAPS:
         # nothing is stored before this and no program ends without it
         tl.extra.cuda.gdc_wait()
+    WIDE: tl.constexpr = decay_low is not None
     tile = place.to(tl.int64) * H + head // (HV // H)
-    queries += tile * (CHUNK * CHUNK)
-    keys += tile * (CHUNK * CHUNK)
-    norms += tile * (2 * CHUNK)
-    attention += program.to(tl.int64) * (CHUNK * CHUNK)
-    inverse += program.to(tl.int64) * (CHUNK * CHUNK)
-    factors += program.to(tl.int64) * (4 * CHUNK)
-    if WIDE:
-        decay_low += program.to(tl.int64) * CHUNK
-    # all at once: a warp has nothing else to do while it waits
-    k00 = _load_block(keys, 0, 0)
-    k10 = _load_block(keys, 1, 0)
-    k11 = _load_block(keys, 1, 1)
-    k20 = _load_block(keys, 2, 0)
-    k21 = _load_block(keys, 2, 1)
-    k22 = _load_block(keys, 2, 2)
-    k30 = _load_block(keys, 3, 0)
-    k31 = _load_block(keys, 3, 1)
-    k32 = _load_block(keys, 3, 2)
-    k33 = _load_block(keys, 3, 3)
-    q00 = _load_block(queries, 0, 0)
-    q10 = _load_block(queries, 1, 0)
-    q11 = _load_block(queries, 1, 1)
-    q20 = _load_block(queries, 2, 0)
-    q21 = _load_block(queries, 2, 1)
-    q22 = _load_block(queries, 2, 2)
-    q30 = _load_block(queries, 3, 0)
-    q31 = _load_block(queries, 3, 1)
-    q32 = _load_block(queries, 3, 2)
-    q33 = _load_block(queries, 3, 3)
-    total = _last(G3)
-    total_low = _last(low3)
-    _store_factors(factors, decay_low, norms, G0, low0, total, total_low, 0, WIDE)
-    _store_factors(factors, decay_low, norms, G1, low1, total, total_low, 1, WIDE)
-    _store_factors(factors, decay_low, norms, G2, low2, total, total_low, 2, WIDE)
-    _store_factors(factors, decay_low, norms, G3, low3, total, total_low, 3, WIDE)
-
-    _store_block(attention, q00.to(tl.float32) * _decays(G0, low0, WIDE), 0, 0)
-    _store_block(attention, q11.to(tl.float32) * _decays(G1, low1, WIDE), 1, 1)
-    _store_block(attention, q22.to(tl.float32) * _decays(G2, low2, WIDE), 2, 2)
-    _store_block(attention, q33.to(tl.float32) * _decays(G3, low3, WIDE), 3, 3)
-    _store_decayed(attention, q10, G1, G0, low1, low0, 1.0, 1, 0, WIDE)
-    _store_decayed(attention, q20, G2, G0, low2, low0, 1.0, 2, 0, WIDE)
-    _store_decayed(attention, q21, G2, G1, low2, low1, 1.0, 2, 1, WIDE)
-    _store_decayed(attention, q30, G3, G0, low3, low0, 1.0, 3, 0, WIDE)
-    _store_decayed(attention, q31, G3, G1, low3, low1, 1.0, 3, 1, WIDE)
-    _store_decayed(attention, q32, G3, G2, low3, low2, 1.0, 3, 2, WIDE)
-
-    r0 = _invert_block(_overlap(k00, b0, LOW), LOW, PRECISION)
-    r1 = _invert_block(_overlap(k11, b1, LOW), LOW, PRECISION)
-    r2 = _invert_block(_overlap(k22, b2, LOW), LOW, PRECISION)
-    r3 = _invert_block(_overlap(k33, b3, LOW), LOW, PRECISION)
-    _store_block(inverse, r0 * _decays(G0, low0, WIDE) * b0[None, :], 0, 0)
-    _store_block(inverse, r1 * _decays(G1, low1, WIDE) * b1[None, :], 1, 1)
-    _store_block(inverse, r2 * _decays(G2, low2, WIDE) * b2[None, :], 2, 2)
-    _store_block(inverse, r3 * _decays(G3, low3, WIDE) * b3[None, :], 3, 3)
-    # two inverted halves make the inverse of the whole: R_low X R_high stands below the diagonal
-    r10 = _product(r1, _overlap(k10, b1, LOW), None, LOW, PRECISION)
-    r10 = _product(r10, r0, None, LOW, PRECISION)
-    _store_decayed(inverse, r10, G1, G0, low1, low0, b0, 1, 0, WIDE)
-    r32 = _product(r3, _overlap(k32, b3, LOW), None, LOW, PRECISION)
-    r32 = _product(r32, r2, None, LOW, PRECISION)
-    _store_decayed(inverse, r32, G3, G2, low3, low2, b2, 3, 2, WIDE)
-    x20 = _overlap(k20, b2, LOW)
-    x21 = _overlap(k21, b2, LOW)
-    y20 = _product(r2, x20, None, LOW, PRECISION)
-    y21 = _product(r2, x21, None, LOW, PRECISION)
-    y30 = _product(r3, _overlap(k30, b3, LOW), None, LOW, PRECISION)
-    y30 = _product(r32, x20, y30, LOW, PRECISION)
-    y31 = _product(r3, _overlap(k31, b3, LOW), None, LOW, PRECISION)
-    y31 = _product(r32, x21, y31, LOW, PRECISION)
-    r20 = _product(y21, r10, _product(y20, r0, None, LOW, PRECISION), LOW, PRECISION)
-    r30 = _product(y31, r10, _product(y30, r0, None, LOW, PRECISION), LOW, PRECISION)
-    r21 = _product(y21, r1, None, LOW, PRECISION)
-    r31 = _product(y31, r1, None, LOW, PRECISION)
-    _store_decayed(inverse, r20, G2, G0, low2, low0, b0, 2, 0, WIDE)
-    _store_decayed(inverse, r30, G3, G0, low3, low0, b0, 3, 0, WIDE)
-    _store_decayed(inverse, r21, G2, G1, low2, low1, b1, 2, 1, WIDE)
-    _store_decayed(inverse, r31, G3, G1, low3, low1, b1, 3, 1, WIDE)
+    chunk = chunk.to(tl.int64)
+    if tl.program_id(0) % 2 == 0:
+        if WIDE:
+            decay_low += chunk * CHUNK
+        _attend(
+            attention + chunk * (CHUNK * CHUNK), factors + chunk * (4 * CHUNK), decay_low,
+            queries + tile * (CHUNK * CHUNK), norms + tile * (2 * CHUNK), g_now, scale, left, WIDE,
+        )  # fmt: skip
+    else:
+        _invert(
+            inverse + chunk * (CHUNK * CHUNK), keys + tile * (CHUNK * CHUNK), g_now, beta, beta_t,
+            left, WIDE, LOW, PRECISION,
+        )  # fmt: skip
