@@ -169,7 +169,7 @@ VERIFY = {"_conv1d_verify", "_gated_rms_norm"}
 @pytest.mark.parametrize(
     ("step", "kernels"),
     [
-        (_prefill, {"_front_end", "compare", "prepare", "_scan", "_gated_rms_norm"}),
+        (_prefill, {"_front_end", "attend", "invert", "_scan", "_gated_rms_norm"}),
         (_decode, {"_conv1d_update", "_decode"}),
         (_replay, VERIFY | {"_solve", "_replay", "_commit_replay"}),
         (_replay_of_a_tree, VERIFY | {"_solve", "_replay", "_commit_replay", "_fill_parents"}),
@@ -205,7 +205,7 @@ def test_the_ops_alone_are_compiled_once_whatever_the_sizes(ops: GdnOps) -> None
         ops.chunk_prefill(q, k, v, *ops.gating(*gates), state, metadata=metadata)
         ops.recurrent_decode(q, k, v, *gates, state, state_indices=_index(size))
 
-    kernels = {"_conv1d_prefill", "_gating", "compare", "prepare", "_scan", "_decode"}
+    kernels = {"_conv1d_prefill", "_gating", "attend", "invert", "_scan", "_decode"}
     assert _variants() == dict.fromkeys(kernels, 1)
 
 
@@ -225,7 +225,7 @@ def test_a_prefill_is_compiled_twice_with_sequences_cut_and_whole(ops: GdnOps) -
         metadata = PrefillMetadata(torch.tensor([0, tokens]), torch.tensor([1]))
         ops.prefill_step(*_layer(tokens), PARAMS, pool, metadata=metadata)
 
-    once = dict.fromkeys(("_front_end", "compare", "prepare", "_bridge"), 1)
+    once = dict.fromkeys(("_front_end", "attend", "invert", "_bridge"), 1)
     assert _variants() == {**once, "_scan": 2}
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chunk prefill: what needs no state for all chunks at once, then a scan along every sequence.
 
-1. ``compare`` and ``prepare`` fill what every chunk needs that depends on no state.
+1. ``attend`` and ``invert`` fill what every chunk needs that depends on no state.
 2. Where sequences are too few to fill the device they are cut into segments that run side by side.
    ``_bridge`` gives every segment what it needs to start: where a head has decayed to below
    float32's rounding since some chunk, nothing, the segment warms up from there; else the map
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn_backend_triton.chunk_prepare import CHUNK, compare, prepare
+from gdn_backend_triton.chunk_prepare import CHUNK, attend, invert
 from gdn_backend_triton.launch import (
     FP_FUSION,
     STEP_SIZES,
@@ -146,7 +146,7 @@ def _run(
         kt = tl.load(at, mask=(r < left)[:, None], other=0.0)
         weights = factors + i.to(tl.int64) * (HV * 4 * CHUNK)
         write = tl.load(weights + 3 * CHUNK + r)
-        total = tl.load(weights + CHUNK - 1, volatile=V_FIRST)
+        total = tl.load(weights + CHUNK - 1)
         u = _updates(
             S, kt, v, inverse, factors, i, left, o_v, v_t, v_v, HV, HAS_V, V_FIRST, PRECISION
         )
@@ -296,7 +296,7 @@ def _fold(
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _scan(
-    q, k, v, state, attention, inverse, factors, decay_low, norms,
+    q, k, v, state, attention, inverse, factors, decay_low, k_factor,
     initial, add, multiply_high, multiply_low, out, checkpoint_state, cu_seqlens, state_indices,
     has_initial_state, out_state_indices, checkpoint_offsets, checkpoint_indices,
     N, T, segment_tokens, warm_up_limit,
@@ -392,6 +392,9 @@ def _scan(
             tl.store(to_checkpoint, S.to(checkpoint_state.dtype.element_ty))
 
     below = r[:, None] // 16 >= r[None, :] // 16
+    weights = factors + i.to(tl.int64) * (HV * 4 * CHUNK)
+    reach = tl.load(weights + 2 * CHUNK + r)
+    total = tl.load(weights + CHUNK - 1)
     for token in range(first, last, CHUNK):
         left = end - token
         inside = r < left
@@ -401,11 +404,7 @@ def _scan(
         qt = tl.load(at, mask=inside[:, None], other=0.0)
         at = attention + i.to(tl.int64) * (HV * CHUNK * CHUNK) + r[:, None] * CHUNK + r[None, :]
         seen = tl.load(at, mask=below, other=0.0)
-        weights = factors + i.to(tl.int64) * (HV * 4 * CHUNK)
-        # volatile is not moved to where it is used: the products in between hide what it takes
-        reach = tl.load(weights + 2 * CHUNK + r, volatile=V_FIRST)
         write = tl.load(weights + 3 * CHUNK + r)
-        total = tl.load(weights + CHUNK - 1, volatile=V_FIRST)
         o = _left(qt, S.to(kt.dtype), V_FIRST, PRECISION) * _by_token(reach, V_FIRST)
         u = _updates(
             S, kt, v, inverse, factors, i, left, o_v, v_t, v_v, HV, True, V_FIRST, PRECISION
@@ -426,13 +425,16 @@ def _scan(
                     apart += tl.load(low + row) - tl.load(low + r)
                 part = tl.exp2(tl.minimum(apart, 0.0))
                 if L2NORM:
-                    norm = norms + (i.to(tl.int64) * H + k_head) * (2 * CHUNK) + CHUNK
-                    part *= tl.load(norm + r)
+                    part *= tl.load(k_factor + (i.to(tl.int64) * H + k_head) * CHUNK + r)
                 part = tl.where(r <= row, part, 0.0)
                 kept_state = _after(S, kt, u, part, kept_total, V_FIRST, PRECISION)
                 tl.store(to_checkpoint, kept_state.to(checkpoint_state.dtype.element_ty))
         S = _after(S, kt, u, write, total, V_FIRST, PRECISION)
         i += 1
+        # of the next chunk, long before they are used; there is always memory behind the last
+        weights += HV * 4 * CHUNK
+        reach = tl.load(weights + 2 * CHUNK + r)
+        total = tl.load(weights + CHUNK - 1)
         q += CHUNK * q_t
         k += CHUNK * k_t
         v += CHUNK * v_t
@@ -488,6 +490,8 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
     plain = {"num_stages": 1, "enable_fp_fusion": FP_FUSION}
     early = {"launch_pdl": True} if OVERLAPS else {}
     launch_scan = {**plain, **early, "num_warps": tile.warps, "num_stages": tile.stages}
+    # beside what a checkpoint passes through there is room for two stages
+    launch_keeping = {**launch_scan, "num_stages": min(tile.stages, 2)}
     PRECISION = "ieee" if device.kind == "rocm" or LOW else "tf32x3"
     # the maps of wider heads do not fit into shared memory
     never_cut = deterministic or K * spec.dtype.itemsize > WIDEST_MAP
@@ -519,25 +523,24 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
         inverse = scratch(places, HV, CHUNK.value, CHUNK.value, dtype=v.dtype)
         factors = scratch(places, HV, 4, CHUNK.value)
         decay_low = None if LOW else scratch(places, HV, CHUNK.value)
-        # of normalised q and k float16 holds more than bfloat16
-        products = torch.float16 if LOW and L2NORM else torch.float32
-        queries = scratch(places, H, CHUNK.value, CHUNK.value, dtype=products)
-        keys = scratch(places, H, CHUNK.value, CHUNK.value, dtype=products)
-        norms = scratch(places, H, 2, CHUNK.value)
+        # of normalised keys float16 holds more than bfloat16
+        alike = torch.float16 if LOW and L2NORM else torch.float32
+        keys = scratch(places, H, CHUNK.value, CHUNK.value, dtype=alike)
+        k_factor = scratch(places, H, CHUNK.value) if L2NORM else None
         cu_seqlens, slots = metadata.cu_seqlens, metadata.state_indices
         fresh, targets = metadata.has_initial_state, metadata.out_state_indices
         offsets, rows = metadata.checkpoint_offsets, metadata.checkpoint_indices
         kept, kept_pad = (state, PAD) if checkpoint_state is None else (checkpoint_state, -1)
         cu_s, slots_s = cu_seqlens.stride(0), slots.stride(0)
-        compare[(places * H,)](
-            q, k, queries, keys, norms, cu_seqlens, slots, N, T, cu_s, slots_s,
-            *q.stride(), *k.stride(), H, K, min(K, 128), L2NORM, PAD, OVERLAPS, PRECISION,
+        attend[(places * H,)](
+            q, k, g, attention, keys, factors, decay_low, k_factor, cu_seqlens, slots,
+            N, T, spec.q_scale, *g.stride(), cu_s, slots_s, *q.stride(), *k.stride(),
+            H, HV, K, min(K, 128), L2NORM, PAD, OVERLAPS, PRECISION,
             num_warps=min(tile.warps, 4), **plain,
         )  # fmt: skip
-        prepare[(places * HV * 2,)](
-            g, beta, queries, keys, norms, attention, inverse, factors, decay_low,
-            cu_seqlens, slots, N, T, spec.q_scale, *g.stride(), *beta.stride(), cu_s, slots_s,
-            H, HV, PAD, LOW, OVERLAPS, PRECISION,
+        invert[(places * HV,)](
+            beta, keys, inverse, factors, decay_low, cu_seqlens, slots, N, T,
+            *beta.stride(), cu_s, slots_s, H, HV, PAD, LOW, OVERLAPS, PRECISION,
             num_warps=1, **plain, **early,
         )  # fmt: skip
         segment = 0 if never_cut else _segment(T, N, HV * (V // BV), tile)
@@ -555,7 +558,7 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
                 H, HV, K, V, BV, BK, L2NORM, PAD, V_FIRST, OVERLAPS, PRECISION, **launch_scan,
             )  # fmt: skip
         _scan[(pieces * HV * (V // BV),)](
-            q, k, v, state, attention, inverse, factors, decay_low, norms,
+            q, k, v, state, attention, inverse, factors, decay_low, k_factor,
             initial, add, high, low, out, kept, cu_seqlens, slots, fresh, targets, offsets, rows,
             N, T, segment or T + CHUNK.value, warm_up,
             *state.stride(), *kept.stride(),
@@ -563,7 +566,7 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
             *strides(offsets, 1), *strides(rows, 1),
             *q.stride(), *k.stride(), *v.stride(), *out.stride(),
             H, HV, K, V, BV, bool(segment), kept_pad, L2NORM, PAD, V_FIRST, OVERLAPS, PRECISION,
-            **launch_scan,
+            **(launch_scan if offsets is None else launch_keeping),
         )  # fmt: skip
         return out
 

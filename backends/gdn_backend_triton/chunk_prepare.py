@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the chunks of a prefill need before any state is known.
 
-``compare`` multiplies the queries and keys of a chunk with its keys, once for all value heads;
-``prepare`` adds a head's decays: how far each token sees the ones before it, and what solves for
-the updates.
+``attend`` finds decays, norms, how far each token sees the ones before it, and how alike the keys
+are; ``invert`` solves for the updates.
 
 In a chunk of C = 64 tokens with cumulative log decay G, the updates u of a state S solve
 
@@ -68,65 +67,21 @@ def _apart(G_i, G_j, low_i, low_j, WIDE: tl.constexpr):
 
 @triton.jit
 def _sums(g, WIDE: tl.constexpr):
-    """Return running sums of g [16] in log2, each as two terms.
+    """Return running sums in log2, and what rounding took from each where WIDE.
 
-    One strong decay would blur the weak ones beside it: where WIDE, sums of sixteenths are exact
-    and the rest of each decay is too small to lose anything. Else the second term is 0.
+    One strong decay would blur the weak ones beside it: sums of sixteenths are exact, the rest of
+    each decay is too small to lose anything.
     """
     g = tl.maximum(g, STRONGEST) * LOG2_E
-    low = tl.zeros_like(g)
+    G = tl.cumsum(g, 0)
+    low = tl.zeros_like(G)
     if WIDE:
         coarse = tl.floor(g * 16.0 + 0.5) * 0.0625
-        low = tl.cumsum(g - coarse, 0)
-        g = coarse
-    return tl.cumsum(g, 0), low
-
-
-@triton.jit
-def _last(x):
-    """Return the last of x [16]."""
-    return tl.sum(tl.where(tl.arange(0, 16) == 15, x, 0.0))
-
-
-@triton.jit
-def _chunk_sums(g, WIDE: tl.constexpr):
-    """Return a chunk's running sums and their second terms, and both at the ends of each [16]."""
-    G0, low0 = _sums(g[0], WIDE)
-    G1, low1 = _sums(g[1], WIDE)
-    G2, low2 = _sums(g[2], WIDE)
-    G3, low3 = _sums(g[3], WIDE)
-    end0 = _last(G0)
-    end1 = _last(G1) + end0
-    end2 = _last(G2) + end1
-    end3 = _last(G3) + end2
-    ends = end0, end1, end2, end3
-    low_ends = 0.0, 0.0, 0.0, 0.0
-    if WIDE:
-        low_end0 = _last(low0)
-        low_end1 = _last(low1) + low_end0
-        low_end2 = _last(low2) + low_end1
-        low_end3 = _last(low3) + low_end2
-        low1 += low_end0
-        low2 += low_end1
-        low3 += low_end2
-        low_ends = low_end0, low_end1, low_end2, low_end3
-    return (G0, G1 + end0, G2 + end1, G3 + end2), (low0, low1, low2, low3), ends, low_ends
-
-
-@triton.jit
-def _load_vectors(x, stride, left):
-    """Return x [64] in four, 0 past the end; see ``_load_blocks``."""
-    r = tl.arange(0, 16)
-    x0 = tl.zeros([16], tl.float32)
-    x1 = x0
-    x2 = x0
-    x3 = x0
-    if left > 0:
-        x0 = tl.load(x + r * stride, mask=r < left, other=0.0)
-        x1 = tl.load(x + (r + 16) * stride, mask=r + 16 < left, other=0.0)
-        x2 = tl.load(x + (r + 32) * stride, mask=r + 32 < left, other=0.0)
-        x3 = tl.load(x + (r + 48) * stride, mask=r + 48 < left, other=0.0)
-    return x0, x1, x2, x3
+        high = tl.cumsum(coarse, 0)
+        rest = tl.cumsum(g - coarse, 0)
+        G = high + rest
+        low = (high - G) + rest
+    return G, low
 
 
 @triton.jit
@@ -137,33 +92,40 @@ def _block(ROW: tl.constexpr, COLUMN: tl.constexpr):
 
 
 @triton.jit
-def _load_blocks(x, left):
-    """Return the ten blocks of a chunk's x [64, 64] on and below its diagonal, row by row.
+def _load_halves(x, left):
+    """Return the blocks of a chunk's x [64, 64] on and below the diagonal of its two halves.
 
-    In a branch, always taken, they are all asked for before the first is waited for.
+    In a branch, always taken, all are asked for before the first is waited for.
     """
     x00 = tl.zeros([16, 16], x.dtype.element_ty)
     x10 = x00
     x11 = x00
-    x20 = x00
-    x21 = x00
     x22 = x00
-    x30 = x00
-    x31 = x00
     x32 = x00
     x33 = x00
     if left > 0:
         x00 = tl.load(x + _block(0, 0))
-        x10 = tl.load(x + _block(1, 0))
         x11 = tl.load(x + _block(1, 1))
+        x22 = tl.load(x + _block(2, 2))
+        x33 = tl.load(x + _block(3, 3))
+        x10 = tl.load(x + _block(1, 0))
+        x32 = tl.load(x + _block(3, 2))
+    return x00, x10, x11, x22, x32, x33
+
+
+@triton.jit
+def _load_join(x, left):
+    """Return the blocks of a chunk's x [64, 64] that join its halves; see ``_load_halves``."""
+    x20 = tl.zeros([16, 16], x.dtype.element_ty)
+    x21 = x20
+    x30 = x20
+    x31 = x20
+    if left > 0:
         x20 = tl.load(x + _block(2, 0))
         x21 = tl.load(x + _block(2, 1))
-        x22 = tl.load(x + _block(2, 2))
         x30 = tl.load(x + _block(3, 0))
         x31 = tl.load(x + _block(3, 1))
-        x32 = tl.load(x + _block(3, 2))
-        x33 = tl.load(x + _block(3, 3))
-    return x00, x10, x11, x20, x21, x22, x30, x31, x32, x33
+    return x20, x21, x30, x31
 
 
 @triton.jit
@@ -176,117 +138,61 @@ def _overlap(keys, beta, LOW: tl.constexpr):
 
 
 @triton.jit
+def _load_vectors(x, stride, left):
+    """Return x [64] in four, 0 past the end."""
+    r = tl.arange(0, 16)
+    x0 = tl.load(x + r * stride, mask=r < left, other=0.0)
+    x1 = tl.load(x + (r + 16) * stride, mask=r + 16 < left, other=0.0)
+    x2 = tl.load(x + (r + 32) * stride, mask=r + 32 < left, other=0.0)
+    x3 = tl.load(x + (r + 48) * stride, mask=r + 48 < left, other=0.0)
+    return x0, x1, x2, x3
+
+
+@triton.jit
 def _store_decayed(
-    x, block, sums, factor, ROW: tl.constexpr, COLUMN: tl.constexpr, WIDE: tl.constexpr
-):
-    """Store a block of a chunk's x [64, 64] times its decays and a factor of each column."""
-    G, low, ends, low_ends = sums
-    block = block.to(tl.float32)
+    inverse, R, factors, decay_low, G, low, beta, ROW: tl.constexpr, COLUMN: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Store a block of the inverse: R times its decays and beta."""
     if ROW == COLUMN:
-        r = tl.arange(0, 16)
         apart = _apart(G[ROW][:, None], G[ROW][None, :], low[ROW][:, None], low[ROW][None, :], WIDE)
-        block *= tl.where(r[:, None] >= r[None, :], tl.exp2(apart), 0.0)
+        R *= tl.exp2(apart)
     else:
         # fewer exponentials: since the end of the columns, and up to it
-        end, low_end = ends[COLUMN], low_ends[COLUMN]
-        block *= tl.exp2(_apart(G[ROW], end, low[ROW], low_end, WIDE))[:, None]
-        factor *= tl.exp2(_apart(end, G[COLUMN], low_end, low[COLUMN], WIDE))
-    block *= factor[None, :]
-    tl.store(x + _block(ROW, COLUMN), block.to(x.dtype.element_ty))
-
-
-@triton.jit
-def _store_factors(factors, decay_low, n_q, n_k, sums, ROW: tl.constexpr, WIDE: tl.constexpr):
-    """Store the factors of 16 rows."""
-    G, low, ends, low_ends = sums
-    r = ROW * 16 + tl.arange(0, 16)
-    rounded = G[ROW]
-    if WIDE:
-        # the sum of both terms is rounded here, and what is lost by it is kept
-        rounded += low[ROW]
-        tl.store(decay_low + r, (G[ROW] - rounded) + low[ROW])
-    after = tl.exp2(_apart(ends[3], G[ROW], low_ends[3], low[ROW], WIDE))
-    tl.store(factors + r, rounded)
-    tl.store(factors + CHUNK + r, tl.exp2(rounded) * -n_k)
-    tl.store(factors + 2 * CHUNK + r, tl.exp2(rounded) * n_q)
-    tl.store(factors + 3 * CHUNK + r, after * n_k)
-
-
-@triton.jit
-def _attend(attention, factors, decay_low, queries, norms, g, scale, left, WIDE: tl.constexpr):
-    """Store a chunk's attention and factors."""
-    q = _load_blocks(queries, left)
-    n_q = _load_vectors(norms, 1, CHUNK)
-    n_k = _load_vectors(norms + CHUNK, 1, CHUNK)
-    sums = _chunk_sums(g, WIDE)
-    factor = tl.full([16], 1.0, tl.float32) * scale
-    for i in tl.static_range(4):
-        _store_factors(factors, decay_low, n_q[i] * scale, n_k[i], sums, i, WIDE)
-    for i in tl.static_range(4):
-        for j in tl.static_range(i + 1):
-            _store_decayed(attention, q[i * (i + 1) // 2 + j], sums, factor, i, j, WIDE)
-
-
-@triton.jit
-def _invert(
-    inverse, keys, g, beta, beta_t, left, WIDE: tl.constexpr, LOW: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Store a chunk's inverse, decayed and times beta."""
-    k00, k10, k11, k20, k21, k22, k30, k31, k32, k33 = _load_blocks(keys, left)
-    b0, b1, b2, b3 = _load_vectors(beta, beta_t, left)
-    sums = _chunk_sums(g, WIDE)
-    r0 = _invert_block(_overlap(k00, b0, LOW), LOW, PRECISION)
-    r1 = _invert_block(_overlap(k11, b1, LOW), LOW, PRECISION)
-    r2 = _invert_block(_overlap(k22, b2, LOW), LOW, PRECISION)
-    r3 = _invert_block(_overlap(k33, b3, LOW), LOW, PRECISION)
-    _store_decayed(inverse, r0, sums, b0, 0, 0, WIDE)
-    _store_decayed(inverse, r1, sums, b1, 1, 1, WIDE)
-    _store_decayed(inverse, r2, sums, b2, 2, 2, WIDE)
-    _store_decayed(inverse, r3, sums, b3, 3, 3, WIDE)
-    # two inverted halves make the inverse of the whole: R_low X R_high stands below the diagonal
-    r10 = _product(r1, _overlap(k10, b1, LOW), None, LOW, PRECISION)
-    r10 = _product(r10, r0, None, LOW, PRECISION)
-    _store_decayed(inverse, r10, sums, b0, 1, 0, WIDE)
-    r32 = _product(r3, _overlap(k32, b3, LOW), None, LOW, PRECISION)
-    r32 = _product(r32, r2, None, LOW, PRECISION)
-    _store_decayed(inverse, r32, sums, b2, 3, 2, WIDE)
-    x20 = _overlap(k20, b2, LOW)
-    x21 = _overlap(k21, b2, LOW)
-    y20 = _product(r2, x20, None, LOW, PRECISION)
-    y21 = _product(r2, x21, None, LOW, PRECISION)
-    y30 = _product(r3, _overlap(k30, b3, LOW), None, LOW, PRECISION)
-    y30 = _product(r32, x20, y30, LOW, PRECISION)
-    y31 = _product(r3, _overlap(k31, b3, LOW), None, LOW, PRECISION)
-    y31 = _product(r32, x21, y31, LOW, PRECISION)
-    r20 = _product(y21, r10, _product(y20, r0, None, LOW, PRECISION), LOW, PRECISION)
-    r30 = _product(y31, r10, _product(y30, r0, None, LOW, PRECISION), LOW, PRECISION)
-    r21 = _product(y21, r1, None, LOW, PRECISION)
-    r31 = _product(y31, r1, None, LOW, PRECISION)
-    _store_decayed(inverse, r20, sums, b0, 2, 0, WIDE)
-    _store_decayed(inverse, r30, sums, b0, 3, 0, WIDE)
-    _store_decayed(inverse, r21, sums, b1, 2, 1, WIDE)
-    _store_decayed(inverse, r31, sums, b1, 3, 1, WIDE)
+        end = tl.load(factors + (COLUMN * 16 + 15))
+        low_end = 0.0
+        if WIDE:
+            low_end = tl.load(decay_low + (COLUMN * 16 + 15))
+        R *= tl.exp2(_apart(G[ROW], end, low[ROW], low_end, WIDE))[:, None]
+        beta *= tl.exp2(_apart(end, G[COLUMN], low_end, low[COLUMN], WIDE))
+    R *= beta[None, :]
+    tl.store(inverse + _block(ROW, COLUMN), R.to(inverse.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
-def compare(
-    q, k, queries, keys, norms, cu_seqlens, state_indices, N, T, cu_s, state_indices_s,
-    q_t: tl.constexpr, q_h: tl.constexpr, q_k: tl.constexpr,
+def attend(
+    q, k, g, attention, keys, factors, decay_low, k_factor, cu_seqlens, state_indices, N, T, scale,
+    g_t, g_h, cu_s, state_indices_s, q_t: tl.constexpr, q_h: tl.constexpr, q_k: tl.constexpr,
     k_t: tl.constexpr, k_h: tl.constexpr, k_k: tl.constexpr,
-    H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, L2NORM: tl.constexpr,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, L2NORM: tl.constexpr,
     PAD: tl.constexpr, OVERLAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fill queries, q k^T, and keys, k k^T [., H, 64, 64], and norms [., H, 2, 64] of each chunk.
+    """Fill attention [., HV, 64, 64], keys [., H, 64, 64] and factors [., HV, 4, 64] of chunks.
 
-    A program owns a chunk of one q/k head. Products are those of normalised rows; blocks of 16 x 16
-    above the diagonal are not written. Norms are what q and k are multiplied by.
+    A program owns a chunk of one q/k head. Token i of a chunk sees token j with weight
+    e^(G_i - G_j) q_i k_j; keys is k k^T of normalised keys. Blocks of 16 x 16 above the diagonal
+    are not written. Factors are the decay G in log2, and ``read``, ``reach`` and ``write``: the
+    state before the chunk is read with ``read`` k, negative because it is taken off v, and with
+    ``reach`` q; the one after it gets ``write`` k. They hold decays, norms and scale. k_factor
+    [., H, 64] is k's inverse norm, where L2NORM. Rows past a sequence's end have attention 0 and
+    factors that are finite.
     """
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     k_head = program % H
-    sequence, _, end, first = locate(cu_seqlens, cu_s, N, T, program // H, CHUNK)
+    place = program // H
+    sequence, _, end, first = locate(cu_seqlens, cu_s, N, T, place, CHUNK)
     if (sequence == N) | (first >= end):
         return
     if tl.load(state_indices + sequence * state_indices_s) <= PAD:
@@ -306,45 +212,60 @@ def compare(
         seen = tl.dot(qt, tl.trans(kt), seen, input_precision=PRECISION)
         alike = tl.dot(kt, tl.trans(kt), alike, input_precision=PRECISION)
         if L2NORM:
+            # for its diagonal: sums along the rows of q take longer
             own = tl.dot(qt, tl.trans(qt), own, input_precision=PRECISION)
-    n_q = tl.full([CHUNK], 1.0, tl.float32)
+    n_q = tl.full([CHUNK], 1.0, tl.float32) * scale
     n_k = tl.full([CHUNK], 1.0, tl.float32)
     if L2NORM:
         diagonal = r[:, None] == r[None, :]
-        n_q = tl.rsqrt(tl.sum(tl.where(diagonal, own, 0.0), 1) + 1e-6)
+        n_q = tl.rsqrt(tl.sum(tl.where(diagonal, own, 0.0), 1) + 1e-6) * scale
         n_k = tl.rsqrt(tl.sum(tl.where(diagonal, alike, 0.0), 1) + 1e-6)
-    at = norms + program.to(tl.int64) * (2 * CHUNK) + r
-    tl.store(at, n_q)
-    tl.store(at + CHUNK, n_k)
-    seen = seen * n_q[:, None] * n_k[None, :]
+        tl.store(k_factor + program.to(tl.int64) * CHUNK + r, n_k)
     alike = alike * n_k[:, None] * n_k[None, :]
-    written = r[:, None] // 16 >= r[None, :] // 16
-    tile = program.to(tl.int64) * (CHUNK * CHUNK) + r[:, None] * CHUNK + r[None, :]
-    tl.store(queries + tile, seen.to(queries.dtype.element_ty), mask=written)
-    tl.store(keys + tile, alike.to(keys.dtype.element_ty), mask=written)
+    below = r[:, None] // 16 >= r[None, :] // 16
+    tile = r[:, None] * CHUNK + r[None, :]
+    keys += program.to(tl.int64) * (CHUNK * CHUNK)
+    tl.store(keys + tile, alike.to(keys.dtype.element_ty), mask=below)
+    seen = seen * n_q[:, None] * n_k[None, :]
+    seen = tl.where(r[:, None] >= r[None, :], seen, 0.0)
+    WIDE: tl.constexpr = decay_low is not None
+    RATIO: tl.constexpr = HV // H
+    for i in range(RATIO):
+        head = k_head * RATIO + i
+        gt = tl.load(g + base * g_t + head * g_h + r * g_t, mask=inside, other=0.0)
+        G, low = _sums(gt, WIDE)
+        total = tl.sum(tl.where(r == CHUNK - 1, G, 0.0))
+        total_low = tl.sum(tl.where(r == CHUNK - 1, low, 0.0))
+        chunk = place.to(tl.int64) * HV + head
+        if WIDE:
+            tl.store(decay_low + chunk * CHUNK + r, low)
+        weights = factors + chunk * (4 * CHUNK) + r
+        tl.store(weights, G)
+        tl.store(weights + CHUNK, tl.exp2(G) * -n_k)
+        tl.store(weights + 2 * CHUNK, tl.exp2(G) * n_q)
+        tl.store(weights + 3 * CHUNK, tl.exp2(_apart(total, G, total_low, low, WIDE)) * n_k)
+        apart = _apart(G[:, None], G[None, :], low[:, None], low[None, :], WIDE)
+        decayed = seen * tl.exp2(apart)
+        rows = attention + chunk * (CHUNK * CHUNK)
+        tl.store(rows + tile, decayed.to(attention.dtype.element_ty), mask=below)
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
-def prepare(
-    g, beta, queries, keys, norms, attention, inverse, factors, decay_low,
-    cu_seqlens, state_indices, N, T, scale, g_t, g_h, beta_t, beta_h, cu_s, state_indices_s,
-    H: tl.constexpr, HV: tl.constexpr, PAD: tl.constexpr, LOW: tl.constexpr,
-    OVERLAPS: tl.constexpr, PRECISION: tl.constexpr,
+def invert(
+    beta, keys, inverse, factors, decay_low, cu_seqlens, state_indices, N, T,
+    beta_t, beta_h, cu_s, state_indices_s, H: tl.constexpr, HV: tl.constexpr, PAD: tl.constexpr,
+    LOW: tl.constexpr, OVERLAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fill attention and inverse [., HV, 64, 64] and factors [., HV, 4, 64] of every chunk.
+    """Fill inverse [., HV, 64, 64]; blocks of 16 x 16 above the diagonal are not written.
 
-    Of a chunk of one value head one program makes the attention and the factors, the next the
-    inverse, in ten blocks of 16 x 16; those above the diagonal are not written. Token i of a chunk
-    sees token j with weight e^(G_i - G_j) q_i k_j. Factors are the decay G in log2, and ``read``,
-    ``reach`` and ``write``: the state before the chunk is read with ``read`` k, negative because it
-    is taken off v, and with ``reach`` q; the one after it gets ``write`` k. They hold decays, norms
-    and scale. Past a sequence's end attention and inverse are 0 and factors are finite.
+    A program owns a chunk of one value head, in ten such blocks. Rows and columns past a
+    sequence's end are 0.
     """
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()
-    chunk = tl.program_id(0) // 2
-    head = chunk % HV
-    place = chunk // HV
+    program = tl.program_id(0)
+    head = program % HV
+    place = program // HV
     sequence, _, end, first = locate(cu_seqlens, cu_s, N, T, place, CHUNK)
     idle = (sequence == N) | (first >= end)
     if not idle:
@@ -354,24 +275,50 @@ def prepare(
             tl.extra.cuda.gdc_wait()
         return
     left = end - first
-    g += first.to(tl.int64) * g_t + head * g_h
     beta += first.to(tl.int64) * beta_t + head * beta_h
-    g_now = _load_vectors(g, g_t, left)
+    b0, b1, b2, b3 = _load_vectors(beta, beta_t, left)
     if OVERLAPS:
         # nothing is stored before this and no program ends without it
         tl.extra.cuda.gdc_wait()
     WIDE: tl.constexpr = decay_low is not None
-    tile = place.to(tl.int64) * H + head // (HV // H)
-    chunk = chunk.to(tl.int64)
-    if tl.program_id(0) % 2 == 0:
-        if WIDE:
-            decay_low += chunk * CHUNK
-        _attend(
-            attention + chunk * (CHUNK * CHUNK), factors + chunk * (4 * CHUNK), decay_low,
-            queries + tile * (CHUNK * CHUNK), norms + tile * (2 * CHUNK), g_now, scale, left, WIDE,
-        )  # fmt: skip
-    else:
-        _invert(
-            inverse + chunk * (CHUNK * CHUNK), keys + tile * (CHUNK * CHUNK), g_now, beta, beta_t,
-            left, WIDE, LOW, PRECISION,
-        )  # fmt: skip
+    factors += program.to(tl.int64) * (4 * CHUNK)
+    G = _load_vectors(factors, 1, CHUNK)
+    low = G
+    if WIDE:
+        decay_low += program.to(tl.int64) * CHUNK
+        low = _load_vectors(decay_low, 1, CHUNK)
+    keys += (place.to(tl.int64) * H + head // (HV // H)) * (CHUNK * CHUNK)
+    inverse += program.to(tl.int64) * (CHUNK * CHUNK)
+    k00, k10, k11, k22, k32, k33 = _load_halves(keys, left)
+    r0 = _invert_block(_overlap(k00, b0, LOW), LOW, PRECISION)
+    r1 = _invert_block(_overlap(k11, b1, LOW), LOW, PRECISION)
+    r2 = _invert_block(_overlap(k22, b2, LOW), LOW, PRECISION)
+    r3 = _invert_block(_overlap(k33, b3, LOW), LOW, PRECISION)
+    k20, k21, k30, k31 = _load_join(keys, left)
+    _store_decayed(inverse, r0, factors, decay_low, G, low, b0, 0, 0, WIDE)
+    _store_decayed(inverse, r1, factors, decay_low, G, low, b1, 1, 1, WIDE)
+    _store_decayed(inverse, r2, factors, decay_low, G, low, b2, 2, 2, WIDE)
+    _store_decayed(inverse, r3, factors, decay_low, G, low, b3, 3, 3, WIDE)
+    # two inverted halves make the inverse of the whole: R_low X R_high stands below the diagonal
+    r10 = _product(r1, _overlap(k10, b1, LOW), None, LOW, PRECISION)
+    r10 = _product(r10, r0, None, LOW, PRECISION)
+    _store_decayed(inverse, r10, factors, decay_low, G, low, b0, 1, 0, WIDE)
+    r32 = _product(r3, _overlap(k32, b3, LOW), None, LOW, PRECISION)
+    r32 = _product(r32, r2, None, LOW, PRECISION)
+    _store_decayed(inverse, r32, factors, decay_low, G, low, b2, 3, 2, WIDE)
+    x20 = _overlap(k20, b2, LOW)
+    x21 = _overlap(k21, b2, LOW)
+    y20 = _product(r2, x20, None, LOW, PRECISION)
+    y21 = _product(r2, x21, None, LOW, PRECISION)
+    y30 = _product(r3, _overlap(k30, b3, LOW), None, LOW, PRECISION)
+    y30 = _product(r32, x20, y30, LOW, PRECISION)
+    y31 = _product(r3, _overlap(k31, b3, LOW), None, LOW, PRECISION)
+    y31 = _product(r32, x21, y31, LOW, PRECISION)
+    r20 = _product(y21, r10, _product(y20, r0, None, LOW, PRECISION), LOW, PRECISION)
+    r30 = _product(y31, r10, _product(y30, r0, None, LOW, PRECISION), LOW, PRECISION)
+    r21 = _product(y21, r1, None, LOW, PRECISION)
+    r31 = _product(y31, r1, None, LOW, PRECISION)
+    _store_decayed(inverse, r20, factors, decay_low, G, low, b0, 2, 0, WIDE)
+    _store_decayed(inverse, r30, factors, decay_low, G, low, b0, 3, 0, WIDE)
+    _store_decayed(inverse, r21, factors, decay_low, G, low, b1, 2, 1, WIDE)
+    _store_decayed(inverse, r31, factors, decay_low, G, low, b1, 3, 1, WIDE)
