@@ -345,6 +345,26 @@ def test_a_long_prefill_remembers_what_it_should(
     assert "_bridge" in [launch.kernel for launch in amd_gpu.launches]
 
 
+@pytest.fixture
+def v_first(monkeypatch: pytest.MonkeyPatch) -> GdnSpec:
+    """Let the simulated GPU hold states as Hopper does, of the layer that is returned."""
+    module = pytest.importorskip("gdn_backend_triton.chunk_prefill")
+    monkeypatch.setattr(module, "V_FIRST_TILES", {"gfx942": module.TILES["sm90"]})
+    return replace(SPEC, num_k_heads=1, head_k_dim=64, head_v_dim=64, dtype=torch.bfloat16)
+
+
+def test_a_prefill_with_states_held_v_first(amd_gpu: Simulator, v_first: GdnSpec) -> None:
+    check("chunk_prefill", call_of("chunk_prefill", v_first), v_first)
+
+
+def test_a_long_prefill_with_states_held_v_first(amd_gpu: Simulator, v_first: GdnSpec) -> None:
+    rates = torch.tensor([*RATES.values()])
+
+    check("chunk_prefill", _long_prefill(v_first, repeated=False, rates=rates), v_first)
+
+    assert "_bridge" in [launch.kernel for launch in amd_gpu.launches]
+
+
 @pytest.mark.parametrize("case", ["gating", "gated_rms_norm", *DECODES, *PREFILLS, *VERIFIES])
 def test_a_gradient_that_no_kernel_gives_is_refused(case: str) -> None:
     pytest.importorskip("triton")

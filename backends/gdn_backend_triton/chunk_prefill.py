@@ -26,6 +26,7 @@ from gdn_backend_triton.launch import (
     ceil_div,
     refuse_gradients,
 )
+from gdn_backend_triton.replay import can_overlap
 from gdn_backend_triton.sequences import locate, num_programs
 from gdn_backend_triton.taps import strides
 from gdn_portable.interface import ChunkPrefill
@@ -53,66 +54,113 @@ TILES = {
     "gfx942": Tile(BV=32, warps=4, stages=1, programs=608),
     "gfx950": Tile(BV=32, warps=4, stages=1, programs=512),
 }
+# of a state held as [BV, K]: what one product leaves in registers is an operand of the next there,
+# and only there: elsewhere registers spill (an H200 takes 3.3 us per chunk, 5.1 as [K, BV])
+V_FIRST_TILES = {"sm90": Tile(BV=128, warps=8, stages=3, programs=132)}
 SHORTEST = 4  # chunks of a segment
 WIDEST_MAP = 256  # bytes of a row
 
 
 @triton.jit
-def _updates(
-    S, kt, v, inverse, read, token, left, o_v, v_t: tl.constexpr, v_v: tl.constexpr,
-    HV: tl.constexpr, HAS_V: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Return the updates u [C, BV] of the chunk at ``token``."""
-    r = tl.arange(0, CHUNK)
-    inside = r < left
-    base = token.to(tl.int64)
-    # blocks above the diagonal were never written
-    below = (r[:, None] // 16 >= r[None, :] // 16) & inside[:, None]
-    at = inverse + base * (HV * CHUNK) + r[:, None] * (HV * CHUNK) + r[None, :]
-    solve = tl.load(at, mask=below, other=0.0)
-    factor = tl.load(read + token + r, mask=inside, other=0.0)
-    wanted = -tl.dot(kt, S.to(kt.dtype), input_precision=PRECISION) * factor[:, None]
-    if HAS_V:
-        at = v + base * v_t + r[:, None] * v_t + o_v[None, :] * v_v
-        wanted += tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
-    return tl.dot(solve, wanted.to(kt.dtype), input_precision=PRECISION)
+def _left(X, Y, V_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """Return X Y, where Y and the product are held transposed if V_FIRST."""
+    if V_FIRST:
+        product = tl.dot(Y, tl.trans(X), input_precision=PRECISION)
+    else:
+        product = tl.dot(X, Y, input_precision=PRECISION)
+    return product
 
 
 @triton.jit
-def _after(S, kt, u, factor, total, PRECISION: tl.constexpr):
+def _by_token(x, V_FIRST: tl.constexpr):
+    """Let x [C] multiply what has a column for each token if V_FIRST, else a row."""
+    return x[None, :] if V_FIRST else x[:, None]
+
+
+@triton.jit
+def _tile(rows, row_s, columns, column_s, V_FIRST: tl.constexpr):
+    """Return the offsets of a matrix, transposed if V_FIRST."""
+    if V_FIRST:
+        at = columns[:, None] * column_s + rows[None, :] * row_s
+    else:
+        at = rows[:, None] * row_s + columns[None, :] * column_s
+    return at
+
+
+@triton.jit
+def _updates(
+    S, kt, v, inverse, factors, i, left, o_v, v_t: tl.constexpr, v_v: tl.constexpr,
+    HV: tl.constexpr, HAS_V: tl.constexpr, V_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return the updates u of chunk ``i``, whose first row ``v`` points to."""
+    r = tl.arange(0, CHUNK)
+    # blocks above the diagonal were never written
+    below = r[:, None] // 16 >= r[None, :] // 16
+    at = inverse + i.to(tl.int64) * (HV * CHUNK * CHUNK) + r[:, None] * CHUNK + r[None, :]
+    solve = tl.load(at, mask=below, other=0.0)
+    read = tl.load(factors + i.to(tl.int64) * (HV * 4 * CHUNK) + CHUNK + r)
+    wanted = _left(kt, S.to(kt.dtype), V_FIRST, PRECISION) * _by_token(read, V_FIRST)
+    if HAS_V:
+        at = v + r[:, None] * v_t + o_v[None, :] * v_v
+        vt = tl.load(at, mask=(r < left)[:, None], other=0.0)
+        if V_FIRST:
+            # v^T would have to move between threads to be added, but not to be multiplied
+            solve = tl.trans(solve)
+            u = tl.dot(tl.trans(vt), solve, input_precision=PRECISION)
+            u = tl.dot(wanted.to(kt.dtype), solve, u, input_precision=PRECISION)
+        else:
+            wanted += vt.to(tl.float32)
+            u = tl.dot(solve, wanted.to(kt.dtype), input_precision=PRECISION)
+    else:
+        u = _left(solve, wanted.to(kt.dtype), V_FIRST, PRECISION)
+    return u
+
+
+@triton.jit
+def _after(S, kt, u, factor, total, V_FIRST: tl.constexpr, PRECISION: tl.constexpr):
     """Return the state that decayed by 2^total and got the updates u with ``factor`` k."""
-    written = u * factor[:, None]
+    written = u * _by_token(factor, V_FIRST)
     if kt.dtype == tl.float16:
         # the norm of a zero key is 1e-3: its inverse would overflow, and infinity times 0 is NaN
         written = tl.minimum(tl.maximum(written, -65504.0), 65504.0)
     written = written.to(kt.dtype)
-    return S * tl.exp2(total) + tl.dot(tl.trans(kt), written, input_precision=PRECISION)
-
-
-@triton.jit
-def _run(
-    S, k, v, inverse, decay, read, write, first, chunks, end, o_v, k_t: tl.constexpr,
-    k_k: tl.constexpr, v_t: tl.constexpr, v_v: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
-    HAS_V: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Return the state after ``chunks`` chunks from ``first``; no outputs."""
-    r = tl.arange(0, CHUNK)
-    o_k = tl.arange(0, K)
-    for i in range(chunks):
-        token = first + i * CHUNK
-        left = end - token
-        at = k + token.to(tl.int64) * k_t + r[:, None] * k_t + o_k[None, :] * k_k
-        kt = tl.load(at, mask=(r < left)[:, None], other=0.0)
-        u = _updates(S, kt, v, inverse, read, token, left, o_v, v_t, v_v, HV, HAS_V, PRECISION)
-        factor = tl.load(write + token + r, mask=r < left, other=0.0)
-        total = tl.load(decay + token + tl.minimum(left, CHUNK) - 1)
-        S = _after(S, kt, u, factor, total, PRECISION)
+    S = S * tl.exp2(total)
+    if V_FIRST:
+        S = tl.dot(written, kt, S, input_precision=PRECISION)
+    else:
+        S = tl.dot(tl.trans(kt), written, S, input_precision=PRECISION)
     return S
 
 
 @triton.jit
-def _chunks_to_warm_up(decay, boundary, LIMIT, DECAYS: tl.constexpr):
-    """Find how many chunks before ``boundary`` leave nothing of what was before them.
+def _run(
+    S, k, v, inverse, factors, i, chunks, left, o_v, k_t: tl.constexpr, k_k: tl.constexpr,
+    v_t: tl.constexpr, v_v: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
+    HAS_V: tl.constexpr, V_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return the state after ``chunks`` from the ``i``-th, at ``k`` and ``v``; no outputs."""
+    r = tl.arange(0, CHUNK)
+    o_k = tl.arange(0, K)
+    for _ in range(chunks):
+        at = k + r[:, None] * k_t + o_k[None, :] * k_k
+        kt = tl.load(at, mask=(r < left)[:, None], other=0.0)
+        weights = factors + i.to(tl.int64) * (HV * 4 * CHUNK)
+        write = tl.load(weights + 3 * CHUNK + r)
+        total = tl.load(weights + CHUNK - 1)
+        u = _updates(
+            S, kt, v, inverse, factors, i, left, o_v, v_t, v_v, HV, HAS_V, V_FIRST, PRECISION
+        )
+        S = _after(S, kt, u, write, total, V_FIRST, PRECISION)
+        i += 1
+        left -= CHUNK
+        k += CHUNK * k_t
+        v += CHUNK * v_t
+    return S
+
+
+@triton.jit
+def _chunks_to_warm_up(factors, i, LIMIT, HV: tl.constexpr, DECAYS: tl.constexpr):
+    """Find how many chunks before the ``i``-th leave nothing of what was before them.
 
     Returns:
         Their number, and whether LIMIT of them leave something: then a map is needed.
@@ -121,20 +169,21 @@ def _chunks_to_warm_up(decay, boundary, LIMIT, DECAYS: tl.constexpr):
     chunks = 0
     if DECAYS:
         while (chunks < LIMIT) & (total > DROPPED):
-            total += tl.load(decay + boundary - chunks * CHUNK - 1)
             chunks += 1
+            total += tl.load(factors + (i - chunks).to(tl.int64) * (HV * 4 * CHUNK) + CHUNK - 1)
     return chunks, total > DROPPED
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _bridge(
-    k, v, state, inverse, decay, initial, add, multiply_high, multiply_low,
+    k, v, state, inverse, factors, initial, add, multiply_high, multiply_low,
     cu_seqlens, state_indices, has_initial_state, N, T, segment_tokens, warm_up_limit,
     state_s, state_h, state_v, state_k, cu_s, state_indices_s, has_initial_s,
     k_t: tl.constexpr, k_h: tl.constexpr, k_k: tl.constexpr,
     v_t: tl.constexpr, v_h: tl.constexpr, v_v: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    BK: tl.constexpr, L2NORM: tl.constexpr, PAD: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, L2NORM: tl.constexpr, PAD: tl.constexpr, V_FIRST: tl.constexpr,
+    OVERLAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keep initial states [., HV, V, K]; where a head remembers, N likewise and M [., HV, K, K].
 
@@ -143,86 +192,95 @@ def _bridge(
     """
     TILES_V: tl.constexpr = V // BV
     PROGRAMS: tl.constexpr = TILES_V + K // BK
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     i_tile = program % PROGRAMS
     head = (program // PROGRAMS) % HV
     place = program // (PROGRAMS * HV)
     sequence, start, end, first = locate(cu_seqlens, cu_s, N, T, place, segment_tokens)
     last = first + segment_tokens
-    if (sequence == N) | (last >= end):
-        return
-    slot = tl.load(state_indices + sequence * state_indices_s).to(tl.int64)
+    slot = tl.full([], PAD, tl.int64)
+    if (sequence < N) & (last < end):
+        slot = tl.load(state_indices + sequence * state_indices_s).to(tl.int64)
     if slot <= PAD:
+        if OVERLAPS:
+            tl.extra.cuda.gdc_wait()
         return
-    k += head // (HV // H) * k_h
-    v += head * v_h
-    inverse += head * CHUNK
-    decay += head * T
-    read = decay + HV * T
-    write = decay + 3 * HV * T
     o_k = tl.arange(0, K)
+    o_v = i_tile * BV + tl.arange(0, BV)
+    at = place.to(tl.int64) * HV + head
+    kept = at * (V * K) + _tile(o_k, 1, o_v, K, V_FIRST)
+    S = tl.zeros([BV, K] if V_FIRST else [K, BV], tl.float32)
+    if (first == start) & (i_tile < TILES_V):
+        is_read = True
+        if has_initial_state is not None:
+            is_read = tl.load(has_initial_state + sequence * has_initial_s) != 0
+        if is_read:
+            own = _tile(o_k, state_k, o_v, state_v, V_FIRST) + head * state_h
+            S = tl.load(state + slot * state_s + own).to(tl.float32)
+        tl.store(initial + kept, S)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+    inverse += head * (CHUNK * CHUNK)
+    factors += head * (4 * CHUNK)
     chunks = segment_tokens // CHUNK
-    _, remembers = _chunks_to_warm_up(decay, last, warm_up_limit, L2NORM)
+    i = sequence + start // CHUNK + (first - start) // CHUNK
+    _, remembers = _chunks_to_warm_up(factors, i + chunks, warm_up_limit, HV, L2NORM)
     warm_up, slow = 0, False
     if first != start:
-        warm_up, slow = _chunks_to_warm_up(decay, first, warm_up_limit, L2NORM)
+        warm_up, slow = _chunks_to_warm_up(factors, i, warm_up_limit, HV, L2NORM)
         if slow:
             warm_up = 0
-    at = place.to(tl.int64) * HV + head
+    first -= warm_up * CHUNK
+    k += head // (HV // H) * k_h + first.to(tl.int64) * k_t
+    v += head * v_h + first.to(tl.int64) * v_t
+    i -= warm_up
+    left = end - first
     if i_tile < TILES_V:
-        o_v = i_tile * BV + tl.arange(0, BV)
-        kept = at * (V * K) + o_k[:, None] + o_v[None, :] * K
-        S = tl.zeros([K, BV], tl.float32)
-        if first == start:
-            is_read = True
-            if has_initial_state is not None:
-                is_read = tl.load(has_initial_state + sequence * has_initial_s) != 0
-            if is_read:
-                own = o_k[:, None] * state_k + o_v[None, :] * state_v + head * state_h
-                S = tl.load(state + slot * state_s + own).to(tl.float32)
-            tl.store(initial + kept, S)
         if remembers:
             S = _run(
-                S, k, v, inverse, decay, read, write, first - warm_up * CHUNK, chunks + warm_up,
-                end, o_v, k_t, k_k, v_t, v_v, HV, K, True, PRECISION,
+                S, k, v, inverse, factors, i, chunks + warm_up, left, o_v,
+                k_t, k_k, v_t, v_v, HV, K, True, V_FIRST, PRECISION,
             )  # fmt: skip
             tl.store(add + kept, S)
     elif remembers & slow:
         row = (i_tile - TILES_V) * BK + tl.arange(0, BK)
-        S = tl.where(o_k[:, None] == row[None, :], 1.0, 0.0)
-        S = _run(
-            S, k, v, inverse, decay, read, write, first, chunks, end, row,
-            k_t, k_k, v_t, v_v, HV, K, False, PRECISION,
+        M = tl.where(_by_token(o_k, V_FIRST) == _by_token(row, not V_FIRST), 1.0, 0.0)
+        M = _run(
+            M, k, v, inverse, factors, i, chunks, left, row,
+            k_t, k_k, v_t, v_v, HV, K, False, V_FIRST, PRECISION,
         )  # fmt: skip
-        kept = at * (K * K) + o_k[:, None] + row[None, :] * K
-        high = S.to(multiply_high.dtype.element_ty)
-        low = S - high.to(tl.float32)
-        tl.store(multiply_high + kept, high)
-        tl.store(multiply_low + kept, low.to(multiply_low.dtype.element_ty))
+        of_map = at * (K * K) + _tile(o_k, 1, row, K, V_FIRST)
+        high = M.to(multiply_high.dtype.element_ty)
+        low = M - high.to(tl.float32)
+        tl.store(multiply_high + of_map, high)
+        tl.store(multiply_low + of_map, low.to(multiply_low.dtype.element_ty))
 
 
 @triton.jit
 def _fold(
-    add, multiply_high, multiply_low, decay, place, first, start, head, segment_tokens,
+    add, multiply_high, multiply_low, factors, place, i, i_start, head, segment_tokens,
     warm_up_limit, o_v, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, L2NORM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    V_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return the state [K, BV] before a segment: through those since one that starts on its own."""
-    boundary = first - segment_tokens
+    """Return the state before a segment: through those since one that starts on its own."""
+    chunks = segment_tokens // CHUNK
+    boundary = i - chunks
     back = 1
     slow = True
-    while slow & (boundary > start):
-        _, slow = _chunks_to_warm_up(decay, boundary, warm_up_limit, L2NORM)
+    while slow & (boundary > i_start):
+        _, slow = _chunks_to_warm_up(factors, boundary, warm_up_limit, HV, L2NORM)
         if slow:
-            boundary -= segment_tokens
+            boundary -= chunks
             back += 1
     o_k = tl.arange(0, K)
-    kept = o_k[:, None] + o_v[None, :] * K
+    kept = _tile(o_k, 1, o_v, K, V_FIRST)
     at = (place - back).to(tl.int64) * HV + head
     S = tl.load(add + at * (V * K) + kept)
-    # more stages would hold more maps than fit beside the scan's tiles
-    for i in tl.range(1, back, num_stages=1):
-        at = (place - back + i).to(tl.int64) * HV + head
+    # more stages would hold more maps than the scan's tiles take
+    for step in tl.range(1, back, num_stages=2 if V_FIRST else 1):
+        at = (place - back + step).to(tl.int64) * HV + head
         # M is kept as the sum of two and S is cut likewise: three products are exact enough
         row = at * (K * K) + o_k[:, None] + o_k[None, :] * K
         high = tl.load(multiply_high + row)
@@ -230,15 +288,15 @@ def _fold(
         S_high = S.to(high.dtype)
         S_low = (S - S_high.to(tl.float32)).to(high.dtype)
         S = tl.load(add + at * (V * K) + kept)
-        S = tl.dot(high, S_high, S, input_precision=PRECISION)
-        S = tl.dot(high, S_low, S, input_precision=PRECISION)
-        S = tl.dot(low, S_high, S, input_precision=PRECISION)
+        S += _left(high, S_high, V_FIRST, PRECISION)
+        S += _left(high, S_low, V_FIRST, PRECISION)
+        S += _left(low, S_high, V_FIRST, PRECISION)
     return S
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _scan(
-    q, k, v, state, attention, inverse, decay, decay_low, k_factor,
+    q, k, v, state, attention, inverse, factors, decay_low, k_factor,
     initial, add, multiply_high, multiply_low, out, checkpoint_state, cu_seqlens, state_indices,
     has_initial_state, out_state_indices, checkpoint_offsets, checkpoint_indices,
     N, T, segment_tokens, warm_up_limit,
@@ -250,7 +308,7 @@ def _scan(
     out_t: tl.constexpr, out_h: tl.constexpr, out_v: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     SEGMENTS: tl.constexpr, CHECKPOINT_PAD: tl.constexpr, L2NORM: tl.constexpr,
-    PAD: tl.constexpr, PRECISION: tl.constexpr,
+    PAD: tl.constexpr, V_FIRST: tl.constexpr, OVERLAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write outputs and final states; a program owns BV rows of one head of one segment."""
     program = tl.program_id(0)
@@ -261,17 +319,18 @@ def _scan(
     sequence, start, end, first = locate(cu_seqlens, cu_s, N, T, place, segment_tokens)
     # an empty sequence has a state to move all the same
     if (first >= end) & ((first != start) | (sequence == N)):
+        if OVERLAPS:
+            tl.extra.cuda.gdc_wait()
         return
-    q += k_head * q_h
-    k += k_head * k_h
-    v += head * v_h
-    out += head * out_h
-    attention += head * CHUNK
-    inverse += head * CHUNK
-    decay += head * T
-    read = decay + HV * T
-    reach = decay + 2 * HV * T
-    write = decay + 3 * HV * T
+    base = first.to(tl.int64)
+    q += k_head * q_h + base * q_t
+    k += k_head * k_h + base * k_t
+    v += head * v_h + base * v_t
+    out += head * out_h + base * out_t
+    attention += head * (CHUNK * CHUNK)
+    inverse += head * (CHUNK * CHUNK)
+    factors += head * (4 * CHUNK)
+    i = sequence + start // CHUNK + (first - start) // CHUNK
     r = tl.arange(0, CHUNK)
     o_k = tl.arange(0, K)
     last = tl.minimum(first + segment_tokens, end)
@@ -281,12 +340,15 @@ def _scan(
     if slot <= PAD:
         zero = tl.zeros([CHUNK, BV], out.dtype.element_ty)
         for token in range(first, last, CHUNK):
-            at = out + token.to(tl.int64) * out_t + r[:, None] * out_t + o_v[None, :] * out_v
+            at = out + r[:, None] * out_t + o_v[None, :] * out_v
             tl.store(at, zero, mask=(r < last - token)[:, None])
+            out += CHUNK * out_t
+        if OVERLAPS:
+            tl.extra.cuda.gdc_wait()
         return
 
-    own = o_k[:, None] * state_k + o_v[None, :] * state_v + head * state_h
-    S = tl.zeros([K, BV], tl.float32)
+    own = _tile(o_k, state_k, o_v, state_v, V_FIRST) + head * state_h
+    S = tl.zeros([BV, K] if V_FIRST else [K, BV], tl.float32)
     if first == start:
         is_read = True
         if has_initial_state is not None:
@@ -294,21 +356,28 @@ def _scan(
         if SEGMENTS:
             if last < end:
                 is_read = False
+                if OVERLAPS:
+                    tl.extra.cuda.gdc_wait()
                 kept = (place.to(tl.int64) * HV + head) * (V * K)
-                S = tl.load(initial + kept + o_k[:, None] + o_v[None, :] * K)
+                S = tl.load(initial + kept + _tile(o_k, 1, o_v, K, V_FIRST))
         if is_read:
             S = tl.load(state + slot * state_s + own).to(tl.float32)
-    elif SEGMENTS:
-        warm_up, slow = _chunks_to_warm_up(decay, first, warm_up_limit, L2NORM)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+    if SEGMENTS and first != start:
+        warm_up, slow = _chunks_to_warm_up(factors, i, warm_up_limit, HV, L2NORM)
         if slow:
             S = _fold(
-                add, multiply_high, multiply_low, decay, place, first, start, head,
-                segment_tokens, warm_up_limit, o_v, HV, K, V, L2NORM, PRECISION,
+                add, multiply_high, multiply_low, factors, place, i,
+                sequence + start // CHUNK, head, segment_tokens, warm_up_limit, o_v,
+                HV, K, V, L2NORM, V_FIRST, PRECISION,
             )  # fmt: skip
         else:
             S = _run(
-                S, k, v, inverse, decay, read, write, first - warm_up * CHUNK, warm_up, end,
-                o_v, k_t, k_k, v_t, v_v, HV, K, True, PRECISION,
+                S, k - (warm_up * CHUNK).to(tl.int64) * k_t,
+                v - (warm_up * CHUNK).to(tl.int64) * v_t, inverse, factors, i - warm_up, warm_up,
+                end - first + warm_up * CHUNK, o_v,
+                k_t, k_k, v_t, v_v, HV, K, True, V_FIRST, PRECISION,
             )  # fmt: skip
 
     if checkpoint_offsets is not None:
@@ -318,45 +387,58 @@ def _scan(
         if (offset < 0) | (kept_slot <= CHECKPOINT_PAD):
             keep = start - 1
         to_checkpoint = checkpoint_state + kept_slot * checkpoint_s + head * checkpoint_h
-        to_checkpoint += o_k[:, None] * checkpoint_k + o_v[None, :] * checkpoint_v
+        to_checkpoint += _tile(o_k, checkpoint_k, o_v, checkpoint_v, V_FIRST)
         if (keep == start) & (first == start):
             tl.store(to_checkpoint, S.to(checkpoint_state.dtype.element_ty))
 
+    below = r[:, None] // 16 >= r[None, :] // 16
+    weights = factors + i.to(tl.int64) * (HV * 4 * CHUNK)
+    reach = tl.load(weights + 2 * CHUNK + r)
+    total = tl.load(weights + CHUNK - 1)
     for token in range(first, last, CHUNK):
         left = end - token
         inside = r < left
-        base = token.to(tl.int64)
-        at = k + base * k_t + r[:, None] * k_t + o_k[None, :] * k_k
+        at = k + r[:, None] * k_t + o_k[None, :] * k_k
         kt = tl.load(at, mask=inside[:, None], other=0.0)
-        at = q + base * q_t + r[:, None] * q_t + o_k[None, :] * q_k
+        at = q + r[:, None] * q_t + o_k[None, :] * q_k
         qt = tl.load(at, mask=inside[:, None], other=0.0)
-        below = (r[:, None] // 16 >= r[None, :] // 16) & inside[:, None]
-        at = attention + base * (HV * CHUNK) + r[:, None] * (HV * CHUNK) + r[None, :]
+        at = attention + i.to(tl.int64) * (HV * CHUNK * CHUNK) + r[:, None] * CHUNK + r[None, :]
         seen = tl.load(at, mask=below, other=0.0)
-        reached = tl.load(reach + token + r, mask=inside, other=0.0)
-        written = tl.load(write + token + r, mask=inside, other=0.0)
-        total = tl.load(decay + token + tl.minimum(left, CHUNK) - 1)
-        o = tl.dot(qt, S.to(kt.dtype), input_precision=PRECISION) * reached[:, None]
-        u = _updates(S, kt, v, inverse, read, token, left, o_v, v_t, v_v, HV, True, PRECISION)
-        o += tl.dot(seen, u.to(kt.dtype), input_precision=PRECISION)
-        at = out + base * out_t + r[:, None] * out_t + o_v[None, :] * out_v
-        tl.store(at, o.to(out.dtype.element_ty), mask=inside[:, None])
+        write = tl.load(weights + 3 * CHUNK + r)
+        o = _left(qt, S.to(kt.dtype), V_FIRST, PRECISION) * _by_token(reach, V_FIRST)
+        u = _updates(
+            S, kt, v, inverse, factors, i, left, o_v, v_t, v_v, HV, True, V_FIRST, PRECISION
+        )
+        if V_FIRST:
+            o = tl.dot(u.to(kt.dtype), tl.trans(seen), o, input_precision=PRECISION)
+        else:
+            o = tl.dot(seen, u.to(kt.dtype), o, input_precision=PRECISION)
+        at = out + _tile(r, out_t, o_v, out_v, V_FIRST)
+        tl.store(at, o.to(out.dtype.element_ty), mask=_by_token(inside, V_FIRST))
         if checkpoint_offsets is not None:
             if (keep > token) & (keep <= token + CHUNK) & (keep <= end):
-                kept_total = tl.load(decay + keep - 1)
-                G = tl.load(decay + token + r, mask=inside, other=0.0)
-                apart = kept_total - G
+                row = keep - token - 1
+                kept_total = tl.load(weights + row)
+                apart = kept_total - tl.load(weights + r)
                 if decay_low is not None:
-                    low = decay_low + head * T
-                    apart += tl.load(low + keep - 1)
-                    apart -= tl.load(low + token + r, mask=inside, other=0.0)
+                    low = decay_low + (i.to(tl.int64) * HV + head) * CHUNK
+                    apart += tl.load(low + row) - tl.load(low + r)
                 part = tl.exp2(tl.minimum(apart, 0.0))
                 if L2NORM:
-                    part *= tl.load(k_factor + k_head * T + token + r, mask=inside, other=0.0)
-                part = tl.where(r < keep - token, part, 0.0)
-                kept_state = _after(S, kt, u, part, kept_total, PRECISION)
+                    part *= tl.load(k_factor + (i.to(tl.int64) * H + k_head) * CHUNK + r)
+                part = tl.where(r <= row, part, 0.0)
+                kept_state = _after(S, kt, u, part, kept_total, V_FIRST, PRECISION)
                 tl.store(to_checkpoint, kept_state.to(checkpoint_state.dtype.element_ty))
-        S = _after(S, kt, u, written, total, PRECISION)
+        S = _after(S, kt, u, write, total, V_FIRST, PRECISION)
+        i += 1
+        # of the next chunk, long before they are used; there is always memory behind the last
+        weights += HV * 4 * CHUNK
+        reach = tl.load(weights + 2 * CHUNK + r)
+        total = tl.load(weights + CHUNK - 1)
+        q += CHUNK * q_t
+        k += CHUNK * k_t
+        v += CHUNK * v_t
+        out += CHUNK * out_t
 
     if last == end:
         target = slot
@@ -382,23 +464,37 @@ def _segment(tokens: int, sequences: int, programs: int, tile: Tile) -> int:
     return segment if segment < tokens else 0
 
 
+def _pick_tile(spec: GdnSpec, device: Device) -> tuple[Tile, bool]:
+    """Return the tile, its BV and warps cut to the heads, and whether the state is held V first."""
+    K, V = spec.head_k_dim, spec.head_v_dim
+    tile = V_FIRST_TILES.get(device.arch)
+    if tile and spec.dtype.itemsize == 2 and min(K, V) >= 64 and K <= 128:
+        BV = min(tile.BV, V)
+        return tile._replace(BV=BV, warps=tile.warps * BV // tile.BV), True
+    tile = TILES[device.arch]
+    BV = min(tile.BV * 256 // max(K * spec.dtype.itemsize, 256), V)
+    # wgmma reads past the end of shared memory where a tile is narrower than 64 (Triton 3.6, seen
+    # with memcheck on an H200); two warps use mma instead
+    narrow = device.kind == "cuda" and min(BV, K) < 64
+    return tile._replace(BV=BV, warps=2 if narrow else tile.warps), False
+
+
 def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -> ChunkPrefill:
     """Return the op; ``deterministic`` never cuts sequences, as where depends on the batch."""
     H, HV, K, V = spec.num_k_heads, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
     L2NORM, PAD = spec.qk_l2norm, spec.pad_slot
-    tile = TILES[device.arch]
-    row = K * spec.dtype.itemsize
-    BV = min(max(tile.BV * 256 // max(row, 256), 16), V)
-    BK = min(BV, K)
-    # wgmma reads past the end of shared memory where a tile is narrower than 64 (Triton 3.6, seen
-    # with memcheck on an H200); two warps use mma instead
-    narrow = device.kind == "cuda" and min(BV, K) < 64
-    launch_scan = {"num_warps": 2 if narrow else tile.warps, "num_stages": tile.stages}
-    launch_scan["enable_fp_fusion"] = FP_FUSION
     LOW = spec.dtype is not torch.float32
+    tile, V_FIRST = _pick_tile(spec, device)
+    BV, BK = tile.BV, min(tile.BV, K)
+    OVERLAPS = can_overlap(device)
+    plain = {"num_stages": 1, "enable_fp_fusion": FP_FUSION}
+    early = {"launch_pdl": True} if OVERLAPS else {}
+    launch_scan = {**plain, **early, "num_warps": tile.warps, "num_stages": tile.stages}
+    # beside what a checkpoint passes through there is room for two stages
+    launch_keeping = {**launch_scan, "num_stages": min(tile.stages, 2)}
     PRECISION = "ieee" if device.kind == "rocm" or LOW else "tf32x3"
     # the maps of wider heads do not fit into shared memory
-    never_cut = deterministic or row > WIDEST_MAP
+    never_cut = deterministic or K * spec.dtype.itemsize > WIDEST_MAP
 
     def chunk_prefill(
         q: Tensor,
@@ -422,28 +518,30 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
         def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=v.device)
 
-        attention = scratch(T, HV, CHUNK.value, dtype=v.dtype)
-        inverse = scratch(T, HV, CHUNK.value, dtype=v.dtype)
-        decay = scratch(4, HV, T)  # and what a token reads, reaches and writes with
-        decay_low = None if LOW else scratch(HV, T)
-        k_factor = scratch(H, T) if L2NORM else None
+        places = num_programs(T, N, CHUNK.value)
+        attention = scratch(places, HV, CHUNK.value, CHUNK.value, dtype=v.dtype)
+        inverse = scratch(places, HV, CHUNK.value, CHUNK.value, dtype=v.dtype)
+        factors = scratch(places, HV, 4, CHUNK.value)
+        decay_low = None if LOW else scratch(places, HV, CHUNK.value)
+        # of normalised keys float16 holds more than bfloat16
+        alike = torch.float16 if LOW and L2NORM else torch.float32
+        keys = scratch(places, H, CHUNK.value, CHUNK.value, dtype=alike)
+        k_factor = scratch(places, H, CHUNK.value) if L2NORM else None
         cu_seqlens, slots = metadata.cu_seqlens, metadata.state_indices
         fresh, targets = metadata.has_initial_state, metadata.out_state_indices
         offsets, rows = metadata.checkpoint_offsets, metadata.checkpoint_indices
         kept, kept_pad = (state, PAD) if checkpoint_state is None else (checkpoint_state, -1)
         cu_s, slots_s = cu_seqlens.stride(0), slots.stride(0)
-        places = num_programs(T, N, CHUNK.value)
         attend[(places * H,)](
-            q, k, g, attention, decay, decay_low, k_factor, cu_seqlens, slots,
+            q, k, g, attention, keys, factors, decay_low, k_factor, cu_seqlens, slots,
             N, T, spec.q_scale, *g.stride(), cu_s, slots_s, *q.stride(), *k.stride(),
-            H, HV, K, min(K, 128), L2NORM, PAD, PRECISION,
-            num_warps=2 if narrow else 4, num_stages=1, enable_fp_fusion=FP_FUSION,
+            H, HV, K, min(K, 128), L2NORM, PAD, OVERLAPS, PRECISION,
+            num_warps=min(tile.warps, 4), **plain,
         )  # fmt: skip
         invert[(places * HV,)](
-            k, beta, inverse, decay, decay_low, k_factor, cu_seqlens, slots, N, T,
-            *beta.stride(), cu_s, slots_s, *k.stride(),
-            H, HV, K, min(K, 128), L2NORM, PAD, LOW, PRECISION,
-            num_warps=1, num_stages=1, enable_fp_fusion=FP_FUSION,
+            beta, keys, inverse, factors, decay_low, cu_seqlens, slots, N, T,
+            *beta.stride(), cu_s, slots_s, H, HV, PAD, LOW, OVERLAPS, PRECISION,
+            num_warps=1, **plain, **early,
         )  # fmt: skip
         segment = 0 if never_cut else _segment(T, N, HV * (V // BV), tile)
         initial = add = high = low = None
@@ -454,21 +552,21 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
             high = scratch(pieces, HV, K, K, dtype=v.dtype)
             low = scratch(pieces, HV, K, K, dtype=v.dtype)
             _bridge[(pieces * HV * (V // BV + K // BK),)](
-                k, v, state, inverse, decay, initial, add, high, low,
+                k, v, state, inverse, factors, initial, add, high, low,
                 cu_seqlens, slots, fresh, N, T, segment, warm_up,
                 *state.stride(), cu_s, slots_s, *strides(fresh, 1), *k.stride(), *v.stride(),
-                H, HV, K, V, BV, BK, L2NORM, PAD, PRECISION, **launch_scan,
+                H, HV, K, V, BV, BK, L2NORM, PAD, V_FIRST, OVERLAPS, PRECISION, **launch_scan,
             )  # fmt: skip
         _scan[(pieces * HV * (V // BV),)](
-            q, k, v, state, attention, inverse, decay, decay_low, k_factor,
+            q, k, v, state, attention, inverse, factors, decay_low, k_factor,
             initial, add, high, low, out, kept, cu_seqlens, slots, fresh, targets, offsets, rows,
             N, T, segment or T + CHUNK.value, warm_up,
             *state.stride(), *kept.stride(),
             cu_s, slots_s, *strides(fresh, 1), *strides(targets, 1),
             *strides(offsets, 1), *strides(rows, 1),
             *q.stride(), *k.stride(), *v.stride(), *out.stride(),
-            H, HV, K, V, BV, bool(segment), kept_pad, L2NORM, PAD, PRECISION,
-            **launch_scan,
+            H, HV, K, V, BV, bool(segment), kept_pad, L2NORM, PAD, V_FIRST, OVERLAPS, PRECISION,
+            **(launch_scan if offsets is None else launch_keeping),
         )  # fmt: skip
         return out
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the chunks of a prefill need before any state is known.
 
-``attend`` finds decays, norms and how far each token sees the ones before it; ``invert`` solves
-for the updates.
+``attend`` finds decays, norms, how far each token sees the ones before it, and how alike the keys
+are; ``invert`` solves for the updates.
 
 In a chunk of C = 64 tokens with cumulative log decay G, the updates u of a state S solve
 
@@ -28,38 +28,32 @@ STRONGEST = tl.constexpr(-40.0)
 
 
 @triton.jit
-def _product(x, y, LOW: tl.constexpr, PRECISION: tl.constexpr):
-    """Return x y, the operands rounded to float16 where LOW."""
+def _product(x, y, plus, LOW: tl.constexpr, PRECISION: tl.constexpr):
+    """Return x y + plus, the operands rounded to float16 where LOW."""
     if LOW:
-        return tl.dot(x.to(tl.float16), y.to(tl.float16))
-    return tl.dot(x, y, input_precision=PRECISION)
+        x = x.to(tl.float16)
+        y = y.to(tl.float16)
+    return tl.dot(x, y, plus, input_precision=PRECISION)
 
 
 @triton.jit
 def _double(R, X, row, column, ROWS: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr):
     """Return the inverse in blocks of 2 * ROWS rows, given that in blocks of ROWS."""
-    joins = (row // (2 * ROWS) == column // (2 * ROWS)) & (row // ROWS != column // ROWS)
+    joins = (row // (2 * ROWS) == column // (2 * ROWS)) & (row // ROWS > column // ROWS)
     low = tl.where(joins, X, 0.0)
-    return R - _product(_product(R, low, LOW, PRECISION), R, LOW, PRECISION)
+    return _product(_product(R, low, None, LOW, PRECISION), R, R, LOW, PRECISION)
 
 
 @triton.jit
 def _invert_block(X, LOW: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the inverse of I + X for a strictly lower X [16, 16]."""
+    """Return the inverse of I - X for X [16, 16], of which what is below the diagonal counts."""
     row = tl.arange(0, 16)[:, None]
     column = tl.arange(0, 16)[None, :]
-    X = tl.where(row > column, X, 0.0)
-    R = tl.where(row == column, 1.0, 0.0) - tl.where(row // 2 == column // 2, X, 0.0)
+    R = tl.where((row // 2 == column // 2) & (row > column), X, 0.0).to(tl.float32)
+    R = tl.where(row == column, 1.0, R)
     R = _double(R, X, row, column, 2, LOW, PRECISION)
     R = _double(R, X, row, column, 4, LOW, PRECISION)
     return _double(R, X, row, column, 8, LOW, PRECISION)
-
-
-@triton.jit
-def _overlap(X, row_factor, column_factor, LOW: tl.constexpr):
-    """Return row_i column_j X_ij, in float16 where LOW: the inverse is that of what is kept."""
-    X = X * row_factor[:, None] * column_factor[None, :]
-    return X.to(tl.float16).to(tl.float32) if LOW else X
 
 
 @triton.jit
@@ -91,213 +85,240 @@ def _sums(g, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _store_block(
-    inverse, R, token_row, G_row, G_column, low_row, low_column, beta, mask,
-    COLUMN: tl.constexpr, WIDE: tl.constexpr,
+def _block(ROW: tl.constexpr, COLUMN: tl.constexpr):
+    """Return the offsets of block (ROW, COLUMN) [16, 16] in a chunk's [64, 64]."""
+    r = tl.arange(0, 16)
+    return (ROW * 16 + r)[:, None] * CHUNK + (COLUMN * 16 + r)[None, :]
+
+
+@triton.jit
+def _load_halves(x, left):
+    """Return the blocks of a chunk's x [64, 64] on and below the diagonal of its two halves.
+
+    In a branch, always taken, all are asked for before the first is waited for.
+    """
+    x00 = tl.zeros([16, 16], x.dtype.element_ty)
+    x10 = x00
+    x11 = x00
+    x22 = x00
+    x32 = x00
+    x33 = x00
+    if left > 0:
+        x00 = tl.load(x + _block(0, 0))
+        x11 = tl.load(x + _block(1, 1))
+        x22 = tl.load(x + _block(2, 2))
+        x33 = tl.load(x + _block(3, 3))
+        x10 = tl.load(x + _block(1, 0))
+        x32 = tl.load(x + _block(3, 2))
+    return x00, x10, x11, x22, x32, x33
+
+
+@triton.jit
+def _load_join(x, left):
+    """Return the blocks of a chunk's x [64, 64] that join its halves; see ``_load_halves``."""
+    x20 = tl.zeros([16, 16], x.dtype.element_ty)
+    x21 = x20
+    x30 = x20
+    x31 = x20
+    if left > 0:
+        x20 = tl.load(x + _block(2, 0))
+        x21 = tl.load(x + _block(2, 1))
+        x30 = tl.load(x + _block(3, 0))
+        x31 = tl.load(x + _block(3, 1))
+    return x20, x21, x30, x31
+
+
+@triton.jit
+def _overlap(keys, beta, LOW: tl.constexpr):
+    """Return a block of -beta k k^T, in float16 where LOW: the inverse is that of what is kept."""
+    X = keys.to(tl.float32) * -beta[:, None]
+    if LOW:
+        X = X.to(tl.float16)
+    return X
+
+
+@triton.jit
+def _load_vectors(x, stride, left):
+    """Return x [64] in four, 0 past the end."""
+    r = tl.arange(0, 16)
+    x0 = tl.load(x + r * stride, mask=r < left, other=0.0)
+    x1 = tl.load(x + (r + 16) * stride, mask=r + 16 < left, other=0.0)
+    x2 = tl.load(x + (r + 32) * stride, mask=r + 32 < left, other=0.0)
+    x3 = tl.load(x + (r + 48) * stride, mask=r + 48 < left, other=0.0)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _store_decayed(
+    inverse, R, factors, decay_low, G, low, beta, ROW: tl.constexpr, COLUMN: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Store block COLUMN of 16 rows of the inverse, decayed and times beta."""
-    column = COLUMN * 16 + tl.arange(0, 16)
-    apart = _apart(G_row[:, None], G_column[None, :], low_row[:, None], low_column[None, :], WIDE)
-    decay = tl.exp2(apart)
-    values = R * decay * beta[None, :]
-    at = inverse + token_row[:, None] + column[None, :]
-    tl.store(at, values.to(inverse.dtype.element_ty), mask=mask[:, None])
+    """Store a block of the inverse: R times its decays and beta."""
+    if ROW == COLUMN:
+        apart = _apart(G[ROW][:, None], G[ROW][None, :], low[ROW][:, None], low[ROW][None, :], WIDE)
+        R *= tl.exp2(apart)
+    else:
+        # fewer exponentials: since the end of the columns, and up to it
+        end = tl.load(factors + (COLUMN * 16 + 15))
+        low_end = 0.0
+        if WIDE:
+            low_end = tl.load(decay_low + (COLUMN * 16 + 15))
+        R *= tl.exp2(_apart(G[ROW], end, low[ROW], low_end, WIDE))[:, None]
+        beta *= tl.exp2(_apart(end, G[COLUMN], low_end, low[COLUMN], WIDE))
+    R *= beta[None, :]
+    tl.store(inverse + _block(ROW, COLUMN), R.to(inverse.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def attend(
-    q, k, g, attention, decay, decay_low, k_factor, cu_seqlens, state_indices, N, T, scale,
+    q, k, g, attention, keys, factors, decay_low, k_factor, cu_seqlens, state_indices, N, T, scale,
     g_t, g_h, cu_s, state_indices_s, q_t: tl.constexpr, q_h: tl.constexpr, q_k: tl.constexpr,
     k_t: tl.constexpr, k_h: tl.constexpr, k_k: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, L2NORM: tl.constexpr,
-    PAD: tl.constexpr, PRECISION: tl.constexpr,
+    PAD: tl.constexpr, OVERLAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fill attention [T, HV, 64], decay [HV, T] in log2, and behind it three factors [HV, T].
+    """Fill attention [., HV, 64, 64], keys [., H, 64, 64] and factors [., HV, 4, 64] of chunks.
 
     A program owns a chunk of one q/k head. Token i of a chunk sees token j with weight
-    e^(G_i - G_j) q_i k_j; blocks of 16 x 16 above the diagonal are not written. The state before
-    the chunk is read with ``read`` k and with ``reach`` q, the one after it gets ``write`` k:
-    decays, norms and scale. k_factor [H, T] is k's inverse norm, where L2NORM.
+    e^(G_i - G_j) q_i k_j; keys is k k^T of normalised keys. Blocks of 16 x 16 above the diagonal
+    are not written. Factors are the decay G in log2, and ``read``, ``reach`` and ``write``: the
+    state before the chunk is read with ``read`` k, negative because it is taken off v, and with
+    ``reach`` q; the one after it gets ``write`` k. They hold decays, norms and scale. k_factor
+    [., H, 64] is k's inverse norm, where L2NORM. Rows past a sequence's end have attention 0 and
+    factors that are finite.
     """
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     k_head = program % H
-    sequence, _, end, first = locate(cu_seqlens, cu_s, N, T, program // H, CHUNK)
+    place = program // H
+    sequence, _, end, first = locate(cu_seqlens, cu_s, N, T, place, CHUNK)
     if (sequence == N) | (first >= end):
         return
     if tl.load(state_indices + sequence * state_indices_s) <= PAD:
         return
-    read = decay + HV * T
-    reach = read + HV * T
-    write = reach + HV * T
     base = first.to(tl.int64)
     r = tl.arange(0, CHUNK)
     inside = r < end - first
-    overlap = tl.zeros([CHUNK, CHUNK], tl.float32)
-    q_squares = tl.zeros([CHUNK], tl.float32)
-    k_squares = tl.zeros([CHUNK], tl.float32)
+    seen = tl.zeros([CHUNK, CHUNK], tl.float32)
+    alike = tl.zeros([CHUNK, CHUNK], tl.float32)
+    own = tl.zeros([CHUNK, CHUNK], tl.float32)
     for start_k in tl.static_range(0, K, BK):
         o_k = (start_k + tl.arange(0, BK))[None, :]
         at = q + base * q_t + k_head * q_h + r[:, None] * q_t + o_k * q_k
         qt = tl.load(at, mask=inside[:, None], other=0.0)
         at = k + base * k_t + k_head * k_h + r[:, None] * k_t + o_k * k_k
         kt = tl.load(at, mask=inside[:, None], other=0.0)
-        overlap = tl.dot(qt, tl.trans(kt), overlap, input_precision=PRECISION)
+        seen = tl.dot(qt, tl.trans(kt), seen, input_precision=PRECISION)
+        alike = tl.dot(kt, tl.trans(kt), alike, input_precision=PRECISION)
         if L2NORM:
-            q_wide = qt.to(tl.float32)
-            k_wide = kt.to(tl.float32)
-            q_squares += tl.sum(q_wide * q_wide, 1)
-            k_squares += tl.sum(k_wide * k_wide, 1)
+            # for its diagonal: sums along the rows of q take longer
+            own = tl.dot(qt, tl.trans(qt), own, input_precision=PRECISION)
     n_q = tl.full([CHUNK], 1.0, tl.float32) * scale
     n_k = tl.full([CHUNK], 1.0, tl.float32)
     if L2NORM:
-        n_q = tl.rsqrt(q_squares + 1e-6) * scale
-        n_k = tl.rsqrt(k_squares + 1e-6)
-        tl.store(k_factor + k_head * T + first + r, n_k, mask=inside)
-    overlap = overlap * n_q[:, None] * n_k[None, :]
-    overlap = tl.where(r[:, None] >= r[None, :], overlap, 0.0)
-    written = (r[:, None] // 16 >= r[None, :] // 16) & inside[:, None]
-    last = tl.minimum(end - first, CHUNK) - 1
+        diagonal = r[:, None] == r[None, :]
+        n_q = tl.rsqrt(tl.sum(tl.where(diagonal, own, 0.0), 1) + 1e-6) * scale
+        n_k = tl.rsqrt(tl.sum(tl.where(diagonal, alike, 0.0), 1) + 1e-6)
+        tl.store(k_factor + program.to(tl.int64) * CHUNK + r, n_k)
+    alike = alike * n_k[:, None] * n_k[None, :]
+    below = r[:, None] // 16 >= r[None, :] // 16
+    tile = r[:, None] * CHUNK + r[None, :]
+    keys += program.to(tl.int64) * (CHUNK * CHUNK)
+    tl.store(keys + tile, alike.to(keys.dtype.element_ty), mask=below)
+    seen = seen * n_q[:, None] * n_k[None, :]
+    seen = tl.where(r[:, None] >= r[None, :], seen, 0.0)
     WIDE: tl.constexpr = decay_low is not None
     RATIO: tl.constexpr = HV // H
     for i in range(RATIO):
         head = k_head * RATIO + i
         gt = tl.load(g + base * g_t + head * g_h + r * g_t, mask=inside, other=0.0)
         G, low = _sums(gt, WIDE)
-        token = head * T + first + r
-        total = tl.sum(tl.where(r == last, G, 0.0))
-        total_low = tl.sum(tl.where(r == last, low, 0.0))
+        total = tl.sum(tl.where(r == CHUNK - 1, G, 0.0))
+        total_low = tl.sum(tl.where(r == CHUNK - 1, low, 0.0))
+        chunk = place.to(tl.int64) * HV + head
         if WIDE:
-            tl.store(decay_low + token, low, mask=inside)
-        tl.store(decay + token, G, mask=inside)
-        tl.store(read + token, tl.exp2(G) * n_k, mask=inside)
-        tl.store(reach + token, tl.exp2(G) * n_q, mask=inside)
-        tl.store(write + token, tl.exp2(_apart(total, G, total_low, low, WIDE)) * n_k, mask=inside)
+            tl.store(decay_low + chunk * CHUNK + r, low)
+        weights = factors + chunk * (4 * CHUNK) + r
+        tl.store(weights, G)
+        tl.store(weights + CHUNK, tl.exp2(G) * -n_k)
+        tl.store(weights + 2 * CHUNK, tl.exp2(G) * n_q)
+        tl.store(weights + 3 * CHUNK, tl.exp2(_apart(total, G, total_low, low, WIDE)) * n_k)
         apart = _apart(G[:, None], G[None, :], low[:, None], low[None, :], WIDE)
-        seen = overlap * tl.exp2(apart)
-        rows = attention + base * (HV * CHUNK) + head * CHUNK + r[:, None] * (HV * CHUNK)
-        tl.store(rows + r[None, :], seen.to(attention.dtype.element_ty), mask=written)
+        decayed = seen * tl.exp2(apart)
+        rows = attention + chunk * (CHUNK * CHUNK)
+        tl.store(rows + tile, decayed.to(attention.dtype.element_ty), mask=below)
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def invert(
-    k, beta, inverse, decay, decay_low, k_factor, cu_seqlens, state_indices, N, T,
-    beta_t, beta_h, cu_s, state_indices_s,
-    k_t: tl.constexpr, k_h: tl.constexpr, k_k: tl.constexpr,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, L2NORM: tl.constexpr,
-    PAD: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    beta, keys, inverse, factors, decay_low, cu_seqlens, state_indices, N, T,
+    beta_t, beta_h, cu_s, state_indices_s, H: tl.constexpr, HV: tl.constexpr, PAD: tl.constexpr,
+    LOW: tl.constexpr, OVERLAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fill inverse [T, HV, 64]; blocks of 16 x 16 above the diagonal are not written.
+    """Fill inverse [., HV, 64, 64]; blocks of 16 x 16 above the diagonal are not written.
 
-    A program owns a chunk of one value head, in ten such blocks.
+    A program owns a chunk of one value head, in ten such blocks. Rows and columns past a
+    sequence's end are 0.
     """
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     head = program % HV
-    sequence, _, end, first = locate(cu_seqlens, cu_s, N, T, program // HV, CHUNK)
-    if (sequence == N) | (first >= end):
+    place = program // HV
+    sequence, _, end, first = locate(cu_seqlens, cu_s, N, T, place, CHUNK)
+    idle = (sequence == N) | (first >= end)
+    if not idle:
+        idle = tl.load(state_indices + sequence * state_indices_s) <= PAD
+    if idle:
+        if OVERLAPS:
+            tl.extra.cuda.gdc_wait()
         return
-    if tl.load(state_indices + sequence * state_indices_s) <= PAD:
-        return
-    k_head = head // (HV // H)
-    base = first.to(tl.int64)
     left = end - first
-    r = tl.arange(0, 16)
-    in0 = r < left
-    in1 = r + 16 < left
-    in2 = r + 32 < left
-    in3 = r + 48 < left
-
-    a00 = tl.zeros([16, 16], tl.float32)
-    a10 = a00
-    a11 = a00
-    a20 = a00
-    a21 = a00
-    a22 = a00
-    a30 = a00
-    a31 = a00
-    a32 = a00
-    a33 = a00
-    rows = k + base * k_t + k_head * k_h + r[:, None] * k_t
-    for start_k in tl.static_range(0, K, BK):
-        at = rows + (start_k + tl.arange(0, BK))[None, :] * k_k
-        k0 = tl.load(at, mask=in0[:, None], other=0.0)
-        k1 = tl.load(at + 16 * k_t, mask=in1[:, None], other=0.0)
-        k2 = tl.load(at + 32 * k_t, mask=in2[:, None], other=0.0)
-        k3 = tl.load(at + 48 * k_t, mask=in3[:, None], other=0.0)
-        a00 = tl.dot(k0, tl.trans(k0), a00, input_precision=PRECISION)
-        a10 = tl.dot(k1, tl.trans(k0), a10, input_precision=PRECISION)
-        a20 = tl.dot(k2, tl.trans(k0), a20, input_precision=PRECISION)
-        a30 = tl.dot(k3, tl.trans(k0), a30, input_precision=PRECISION)
-        a11 = tl.dot(k1, tl.trans(k1), a11, input_precision=PRECISION)
-        a21 = tl.dot(k2, tl.trans(k1), a21, input_precision=PRECISION)
-        a31 = tl.dot(k3, tl.trans(k1), a31, input_precision=PRECISION)
-        a22 = tl.dot(k2, tl.trans(k2), a22, input_precision=PRECISION)
-        a32 = tl.dot(k3, tl.trans(k2), a32, input_precision=PRECISION)
-        a33 = tl.dot(k3, tl.trans(k3), a33, input_precision=PRECISION)
-
-    at = decay + head * T + first + r
-    g0 = tl.load(at, mask=in0, other=0.0)
-    g1 = tl.load(at + 16, mask=in1, other=0.0)
-    g2 = tl.load(at + 32, mask=in2, other=0.0)
-    g3 = tl.load(at + 48, mask=in3, other=0.0)
+    beta += first.to(tl.int64) * beta_t + head * beta_h
+    b0, b1, b2, b3 = _load_vectors(beta, beta_t, left)
+    if OVERLAPS:
+        # nothing is stored before this and no program ends without it
+        tl.extra.cuda.gdc_wait()
     WIDE: tl.constexpr = decay_low is not None
-    low0, low1, low2, low3 = g0, g1, g2, g3
+    factors += program.to(tl.int64) * (4 * CHUNK)
+    G = _load_vectors(factors, 1, CHUNK)
+    low = G
     if WIDE:
-        at = decay_low + head * T + first + r
-        low0 = tl.load(at, mask=in0, other=0.0)
-        low1 = tl.load(at + 16, mask=in1, other=0.0)
-        low2 = tl.load(at + 32, mask=in2, other=0.0)
-        low3 = tl.load(at + 48, mask=in3, other=0.0)
-    at = beta + base * beta_t + head * beta_h + r * beta_t
-    b0 = tl.load(at, mask=in0, other=0.0)
-    b1 = tl.load(at + 16 * beta_t, mask=in1, other=0.0)
-    b2 = tl.load(at + 32 * beta_t, mask=in2, other=0.0)
-    b3 = tl.load(at + 48 * beta_t, mask=in3, other=0.0)
-
-    n0 = tl.full([16], 1.0, tl.float32)
-    n1 = n0
-    n2 = n0
-    n3 = n0
-    if L2NORM:
-        at = k_factor + k_head * T + first + r
-        n0 = tl.load(at, mask=in0, other=0.0)
-        n1 = tl.load(at + 16, mask=in1, other=0.0)
-        n2 = tl.load(at + 32, mask=in2, other=0.0)
-        n3 = tl.load(at + 48, mask=in3, other=0.0)
-
-    r0 = _invert_block(_overlap(a00, b0 * n0, n0, LOW), LOW, PRECISION)
-    r1 = _invert_block(_overlap(a11, b1 * n1, n1, LOW), LOW, PRECISION)
-    r2 = _invert_block(_overlap(a22, b2 * n2, n2, LOW), LOW, PRECISION)
-    r3 = _invert_block(_overlap(a33, b3 * n3, n3, LOW), LOW, PRECISION)
-    # two inverted halves make the inverse of the whole: -R_low X R_high stands below the diagonal
-    x10 = _overlap(a10, b1 * n1, n0, LOW)
-    x32 = _overlap(a32, b3 * n3, n2, LOW)
-    r10 = -_product(_product(r1, x10, LOW, PRECISION), r0, LOW, PRECISION)
-    r32 = -_product(_product(r3, x32, LOW, PRECISION), r2, LOW, PRECISION)
-    x20 = _overlap(a20, b2 * n2, n0, LOW)
-    x21 = _overlap(a21, b2 * n2, n1, LOW)
-    x30 = _overlap(a30, b3 * n3, n0, LOW)
-    x31 = _overlap(a31, b3 * n3, n1, LOW)
-    y20 = _product(r2, x20, LOW, PRECISION)
-    y21 = _product(r2, x21, LOW, PRECISION)
-    y30 = _product(r3, x30, LOW, PRECISION) + _product(r32, x20, LOW, PRECISION)
-    y31 = _product(r3, x31, LOW, PRECISION) + _product(r32, x21, LOW, PRECISION)
-    r20 = -_product(y20, r0, LOW, PRECISION) - _product(y21, r10, LOW, PRECISION)
-    r30 = -_product(y30, r0, LOW, PRECISION) - _product(y31, r10, LOW, PRECISION)
-    r21 = -_product(y21, r1, LOW, PRECISION)
-    r31 = -_product(y31, r1, LOW, PRECISION)
-
-    inverse += base * (HV * CHUNK) + head * CHUNK
-    row0 = r * (HV * CHUNK)
-    row1 = row0 + 16 * (HV * CHUNK)
-    row2 = row0 + 32 * (HV * CHUNK)
-    row3 = row0 + 48 * (HV * CHUNK)
-    _store_block(inverse, r0, row0, g0, g0, low0, low0, b0, in0, 0, WIDE)
-    _store_block(inverse, r10, row1, g1, g0, low1, low0, b0, in1, 0, WIDE)
-    _store_block(inverse, r1, row1, g1, g1, low1, low1, b1, in1, 1, WIDE)
-    _store_block(inverse, r20, row2, g2, g0, low2, low0, b0, in2, 0, WIDE)
-    _store_block(inverse, r21, row2, g2, g1, low2, low1, b1, in2, 1, WIDE)
-    _store_block(inverse, r2, row2, g2, g2, low2, low2, b2, in2, 2, WIDE)
-    _store_block(inverse, r30, row3, g3, g0, low3, low0, b0, in3, 0, WIDE)
-    _store_block(inverse, r31, row3, g3, g1, low3, low1, b1, in3, 1, WIDE)
-    _store_block(inverse, r32, row3, g3, g2, low3, low2, b2, in3, 2, WIDE)
-    _store_block(inverse, r3, row3, g3, g3, low3, low3, b3, in3, 3, WIDE)
+        decay_low += program.to(tl.int64) * CHUNK
+        low = _load_vectors(decay_low, 1, CHUNK)
+    keys += (place.to(tl.int64) * H + head // (HV // H)) * (CHUNK * CHUNK)
+    inverse += program.to(tl.int64) * (CHUNK * CHUNK)
+    k00, k10, k11, k22, k32, k33 = _load_halves(keys, left)
+    r0 = _invert_block(_overlap(k00, b0, LOW), LOW, PRECISION)
+    r1 = _invert_block(_overlap(k11, b1, LOW), LOW, PRECISION)
+    r2 = _invert_block(_overlap(k22, b2, LOW), LOW, PRECISION)
+    r3 = _invert_block(_overlap(k33, b3, LOW), LOW, PRECISION)
+    k20, k21, k30, k31 = _load_join(keys, left)
+    _store_decayed(inverse, r0, factors, decay_low, G, low, b0, 0, 0, WIDE)
+    _store_decayed(inverse, r1, factors, decay_low, G, low, b1, 1, 1, WIDE)
+    _store_decayed(inverse, r2, factors, decay_low, G, low, b2, 2, 2, WIDE)
+    _store_decayed(inverse, r3, factors, decay_low, G, low, b3, 3, 3, WIDE)
+    # two inverted halves make the inverse of the whole: R_low X R_high stands below the diagonal
+    r10 = _product(r1, _overlap(k10, b1, LOW), None, LOW, PRECISION)
+    r10 = _product(r10, r0, None, LOW, PRECISION)
+    _store_decayed(inverse, r10, factors, decay_low, G, low, b0, 1, 0, WIDE)
+    r32 = _product(r3, _overlap(k32, b3, LOW), None, LOW, PRECISION)
+    r32 = _product(r32, r2, None, LOW, PRECISION)
+    _store_decayed(inverse, r32, factors, decay_low, G, low, b2, 3, 2, WIDE)
+    x20 = _overlap(k20, b2, LOW)
+    x21 = _overlap(k21, b2, LOW)
+    y20 = _product(r2, x20, None, LOW, PRECISION)
+    y21 = _product(r2, x21, None, LOW, PRECISION)
+    y30 = _product(r3, _overlap(k30, b3, LOW), None, LOW, PRECISION)
+    y30 = _product(r32, x20, y30, LOW, PRECISION)
+    y31 = _product(r3, _overlap(k31, b3, LOW), None, LOW, PRECISION)
+    y31 = _product(r32, x21, y31, LOW, PRECISION)
+    r20 = _product(y21, r10, _product(y20, r0, None, LOW, PRECISION), LOW, PRECISION)
+    r30 = _product(y31, r10, _product(y30, r0, None, LOW, PRECISION), LOW, PRECISION)
+    r21 = _product(y21, r1, None, LOW, PRECISION)
+    r31 = _product(y31, r1, None, LOW, PRECISION)
+    _store_decayed(inverse, r20, factors, decay_low, G, low, b0, 2, 0, WIDE)
+    _store_decayed(inverse, r30, factors, decay_low, G, low, b0, 3, 0, WIDE)
+    _store_decayed(inverse, r21, factors, decay_low, G, low, b1, 2, 1, WIDE)
+    _store_decayed(inverse, r31, factors, decay_low, G, low, b1, 3, 1, WIDE)

@@ -26,13 +26,16 @@ def locate(cu_seqlens, stride, N, T, program, BLOCK):
     """
     low = 0
     high = N + 1
+    # loads in a row take longest: each narrows the search to a 32nd
+    lane = tl.arange(0, 32)
     while high - low > 1:
-        middle = (low + high) // 2
-        start = tl.load(cu_seqlens + middle * stride).to(tl.int32)
-        if middle + start // BLOCK <= program:
-            low = middle
-        else:
-            high = middle
+        step = (high - low + 31) // 32
+        probe = low + lane * step
+        inside = probe < high
+        start = tl.load(cu_seqlens + probe * stride, mask=inside, other=0).to(tl.int32)
+        found = inside & ((lane == 0) | (probe + start // BLOCK <= program))
+        low += (tl.sum(found.to(tl.int32)) - 1) * step
+        high = tl.minimum(low + step, high)
     start = tl.load(cu_seqlens + low * stride).to(tl.int32)
     end = T
     if low < N:
