@@ -71,7 +71,7 @@ class Case:
 
     Attributes:
         op: of :data:`OPS`.
-        spec: the layer; ``chunk_prefill`` is given unit q and k, as most peers need them.
+        spec: the layer.
         lengths: tokens of every sequence.
         gates: what the decay is drawn from.
         protocol: of a verify.
@@ -202,6 +202,7 @@ def _verifies(op: str, spec: GdnSpec, protocol: DraftProtocol) -> list[Case]:
 
 
 def _chunks(spec: GdnSpec, packed: Sequence[tuple[int, ...]]) -> list[Case]:
+    spec = replace(spec, qk_l2norm=False)  # unit vectors are given, as most peers need them
     return [
         Case(op="chunk_prefill", spec=spec, lengths=lengths, gates=gates)
         for gates in Gates

@@ -32,7 +32,7 @@ INCLUDES = {
     "verify_step": "conv, norms, gating, recurrence",
     "mtp_verify": "norms, gating, recurrence",
     "conv1d_prefill": "conv",
-    "chunk_prefill": "norms, though q and k are given normalised; recurrence; g and beta ready",
+    "chunk_prefill": "recurrence; q and k are given normalised; g and beta ready",
     "prefill_step": "conv, norms, gating, recurrence",
     "gated_rms_norm": "norm and gate",
 }
