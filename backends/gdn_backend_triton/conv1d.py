@@ -276,6 +276,15 @@ def _store_gates(
         tl.store(beta + t * HV + h, beta_t, mask=mask)
 
 
+@triton.jit
+def _clear_rows(target, pitch, left, within, row, channel, RUN: tl.constexpr):
+    """Store zeros in rows of padding."""
+    for i in tl.static_range(RUN):
+        at = target + (row + i) * pitch + channel
+        zeros = tl.zeros(at.shape, target.dtype.element_ty)
+        tl.store(at, zeros, mask=(row + i < left) & within)
+
+
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _front_end(
     x, a, b, weight, bias, A_log, dt_bias, conv_state, qk, v, g, beta, cu_seqlens, state_indices,
@@ -315,17 +324,15 @@ def _front_end(
     mask = d < D
     columns = load_weight(weight, d, mask, weight_d, weight_w, W)
     offset = load_bias(bias, d, mask, bias_d)
-    target = v + first.to(tl.int64) * (HV * V) + (block - 2 * H) * K
-    pitch = HV * V
-    if block < 2 * H:
-        target = qk + (block // H * T + first).to(tl.int64) * (H * K) + block % H * K
-        pitch = H * K
+    # a pointer chosen by an if is more than Triton 3.6 can lower for AMD
+    of_qk = qk + (block // H * T + first).to(tl.int64) * (H * K) + block % H * K
+    of_v = v + first.to(tl.int64) * (HV * V) + (block - 2 * H) * K
     if slot <= PAD:
         if CLEARS:
-            for i in tl.static_range(RUN):
-                zeros = tl.zeros([RUNS, K], v.dtype.element_ty)
-                at = target + (row + i) * pitch + channel
-                tl.store(at, zeros, mask=(row + i < end - first) & within)
+            if block < 2 * H:
+                _clear_rows(of_qk, H * K, end - first, within, row, channel, RUN)
+            else:
+                _clear_rows(of_v, HV * V, end - first, within, row, channel, RUN)
         return
     if first == start:
         rows = _turn_window(
@@ -337,12 +344,12 @@ def _front_end(
     if block < 2 * H:
         scale = tl.where(block < H, SCALE, 1.0)
         _store_rows(
-            rows, target, H * K, 1, end - first, within, row, channel, columns, offset, scale, W,
+            rows, of_qk, H * K, 1, end - first, within, row, channel, columns, offset, scale, W,
             RUN, SILU, NORMALISE,
         )  # fmt: skip
     else:
         _store_rows(
-            rows, target, HV * V, 1, end - first, within, row, channel, columns, offset, 1.0, W,
+            rows, of_v, HV * V, 1, end - first, within, row, channel, columns, offset, 1.0, W,
             RUN, SILU, False,
         )  # fmt: skip
 

@@ -62,9 +62,8 @@ class Tiles(NamedTuple):
 # by architecture; then by bytes of a state's element, the most sequences times value heads, and the
 # tile
 TILES: dict[str, Tiles] = {
-    # H200, H16/HV32, K = V = 128, P = 4, 3 replayed, with the conv, 16 rows against 32: 20.0 / 17.8
-    # us at B = 8, 52.6 / 54.6 at 32 and 185 / 189 at 128 with a float32 state, 13.2 / 13.5, 34.8 /
-    # 35.4 and 121 / 126 with bfloat16
+    # H200, H16/HV32, K = V = 128, P = 4, 3 replayed, with the conv: 16.7 / 51.3 / 181 us at B = 8 /
+    # 32 / 128 with a float32 state, 11.6 / 33.5 / 114 with bfloat16
     "cuda": Tiles(
         2,
         {
