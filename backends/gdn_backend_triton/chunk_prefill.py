@@ -472,7 +472,7 @@ def _pick_tile(spec: GdnSpec, device: Device) -> tuple[Tile, bool]:
         BV = min(tile.BV, V)
         return tile._replace(BV=BV, warps=tile.warps * BV // tile.BV), True
     tile = TILES[device.arch]
-    BV = min(tile.BV * 256 // max(K * spec.dtype.itemsize, 256), V)
+    BV = min(max(tile.BV * 256 // max(K * spec.dtype.itemsize, 256), 16), V)
     # wgmma reads past the end of shared memory where a tile is narrower than 64 (Triton 3.6, seen
     # with memcheck on an H200); two warps use mma instead
     narrow = device.kind == "cuda" and min(BV, K) < 64
