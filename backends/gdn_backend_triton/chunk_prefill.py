@@ -23,10 +23,10 @@ from gdn_backend_triton.launch import (
     FP_FUSION,
     STEP_SIZES,
     STEP_TENSORS,
+    can_overlap,
     ceil_div,
     refuse_gradients,
 )
-from gdn_backend_triton.replay import can_overlap
 from gdn_backend_triton.sequences import locate, num_programs
 from gdn_backend_triton.taps import strides
 from gdn_portable.interface import ChunkPrefill

@@ -18,6 +18,7 @@ from gdn_backend_triton.launch import (
     FP_FUSION,
     STEP_SIZES,
     STEP_TENSORS,
+    can_overlap,
     empty_like,
     refuse_gradients,
 )
@@ -294,7 +295,7 @@ def make_decode_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> D
     """
     HV, K, V, D = spec.num_v_heads, spec.head_k_dim, spec.head_v_dim, spec.conv_dim
     key_dim, _, value_dim = spec.conv_groups
-    overlaps = device.kind == "cuda" and int(device.arch.removeprefix("sm")) >= 90
+    overlaps = can_overlap(device)
     plain = _choices(TILES, spec, device, deterministic=deterministic)
     gated = _choices(GATED_TILES, spec, device, deterministic=deterministic)
     conv1d_update = make_conv1d_update(spec, device, deterministic=deterministic, pdl=overlaps)

@@ -17,11 +17,12 @@ from gdn_backend_triton.launch import (
     FP_FUSION,
     STEP_SIZES,
     STEP_TENSORS,
+    can_overlap,
     empty_like,
     refuse_gradients,
 )
 from gdn_backend_triton.maths import gates
-from gdn_backend_triton.replay import can_overlap, make_replay, refuse_large_trees
+from gdn_backend_triton.replay import make_replay, refuse_large_trees
 from gdn_backend_triton.taps import strides
 from gdn_backend_triton.trees import fill_parents
 from gdn_portable.errors import InputError

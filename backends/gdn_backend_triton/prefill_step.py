@@ -8,10 +8,10 @@ from dataclasses import replace
 from torch import Tensor
 
 from gdn_backend_triton.chunk_prefill import make_chunk_prefill
-from gdn_backend_triton.conv1d import make_front_end
+from gdn_backend_triton.conv1d import FrontEnd, make_front_end
 from gdn_backend_triton.gated_rms_norm import make_gated_rms_norm
 from gdn_portable.errors import InputError
-from gdn_portable.interface import PlanPrefill, PrefillStep
+from gdn_portable.interface import ChunkPrefill, GatedRmsNorm, PlanPrefill, PrefillStep
 from gdn_portable.metadata import GdnParams, PrefillMetadata
 from gdn_portable.spec import Device, GdnSpec
 from gdn_portable.state import StatePool
@@ -34,6 +34,13 @@ def make_prefill_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> 
     front_end = make_front_end(replace(spec, qk_l2norm=False, scale=1.0), device)
     chunk_prefill = make_chunk_prefill(spec, device, deterministic=deterministic)
     gated_rms_norm = make_gated_rms_norm(spec, device, deterministic=deterministic)
+    return join_prefill(front_end, chunk_prefill, gated_rms_norm)
+
+
+def join_prefill(
+    front_end: FrontEnd, chunk_prefill: ChunkPrefill, gated_rms_norm: GatedRmsNorm
+) -> PrefillStep:
+    """Return the step that these three make up."""
 
     def prefill_step(
         mixed_qkv: Tensor,

@@ -30,6 +30,7 @@ from gdn_backend_triton.launch import (
     FP_FUSION,
     STEP_SIZES,
     STEP_TENSORS,
+    can_overlap,
     ceil_div,
     power_of_two,
 )
@@ -348,11 +349,6 @@ def refuse_large_trees(metadata: VerifyMetadata, drafts: Drafts | None) -> None:
         raise InputError(
             f"max_drafts of a tree is {metadata.max_drafts}, needs at most {MOST_DRAFTS} for replay"
         )
-
-
-def can_overlap(device: Device) -> bool:
-    """Return whether a kernel may start before the one in front of it ends."""
-    return device.kind == "cuda" and int(device.arch.removeprefix("sm")) >= 90
 
 
 def _terms(spec: GdnSpec, device: Device) -> tuple[int, int]:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from gdn_backend_triton.conv1d_verify import make_conv1d_verify
 from gdn_backend_triton.gated_rms_norm import make_gated_rms_norm
-from gdn_backend_triton.launch import empty_like, refuse_gradients
+from gdn_backend_triton.launch import can_overlap, empty_like, refuse_gradients
 from gdn_backend_triton.mtp_verify import make_recurrence
-from gdn_backend_triton.replay import Convolution, can_overlap, make_replay, refuse_large_trees
+from gdn_backend_triton.replay import Convolution, make_replay, refuse_large_trees
 from gdn_backend_triton.trees import fill_parents
 from gdn_portable.errors import InputError
 from gdn_portable.interface import VerifyStep
