@@ -519,7 +519,7 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
         out: Tensor | None = None,
     ) -> Tensor:
         refuse_gradients(v)
-        T, N = len(v), len(metadata.cu_seqlens) - 1
+        T, N = v.shape[0], metadata.cu_seqlens.shape[0] - 1
         if out is None:
             out = torch.empty((T, HV, V), dtype=v.dtype, device=v.device)
         if T == 0 and N == 0:
