@@ -165,7 +165,7 @@ def _from_hugging_face(
     assert isinstance(module, GatedDeltaNet)
     D, value_dim, HV = module.projections[:3]
     layouts: tuple[tuple[dict[str, int], Callable[..., Tensor]], ...] = (
-        ({"qkvz": D + value_dim, "ba": 2 * HV}, partial(_deinterleave, module.spec)),
+        ({"qkvz": D + value_dim, "ba": 2 * HV}, partial(deinterleave, module.spec)),
         ({"qkv": D, "z": value_dim, "b": HV, "a": HV}, lambda *parts: torch.cat(parts)),
     )
     for rows, join in layouts:
@@ -180,7 +180,7 @@ def _from_hugging_face(
             state_dict[f"{prefix}in_proj.weight"] = join(*map(state_dict.pop, sizes))
 
 
-def _deinterleave(spec: GdnSpec, qkvz: Tensor, ba: Tensor) -> Tensor:
+def deinterleave(spec: GdnSpec, qkvz: Tensor, ba: Tensor) -> Tensor:
     """Return [q | k | v | z | b | a] from Qwen3-Next's rows, which are grouped by key head."""
     H, K, ratio = spec.num_k_heads, spec.head_k_dim, spec.num_v_heads // spec.num_k_heads
     V = ratio * spec.head_v_dim
