@@ -110,6 +110,25 @@ def test_greedy_tokens_are_those_of_the_model_not_in_use(name: str) -> None:
     assert tokens.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("function", ["torch_chunk_gated_delta_rule", "causal_conv1d_update"])
+def test_nothing_that_transformers_replaces_by_gpu_libraries_is_called(
+    function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"{function}: 0 active drivers")
+
+    model = _model("Qwen3-Next")
+    expected = _generated(model, 9)
+    monkeypatch.setattr(f"{type(_layer(model)).__module__}.{function}", fail)
+
+    with pytest.raises(RuntimeError, match="0 active drivers"):
+        _generated(model, 9)
+    with use(model):
+        tokens = _generated(model, 9)
+
+    assert tokens.tolist() == expected.tolist()
+
+
 @BOTH_PROJECTIONS
 @pytest.mark.parametrize(
     "options",
