@@ -298,6 +298,28 @@ def test_the_weights_and_forwards_of_a_model_are_its_own_again() -> None:
     assert in_use_at == addresses() == expected
 
 
+def test_a_hook_that_moves_inputs_to_a_layers_device_stays() -> None:
+    model = _model("Qwen3.5")
+    layer, calls = _layer(model), list[str]()
+    expected = _generated(model, 9)
+
+    def hooked(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append("hook")
+        output: Tensor = layer._old_forward(*args, **kwargs)
+        return output
+
+    # as accelerate hooks the layers of a model on several devices
+    layer._hf_hook, layer._old_forward, layer.forward = object(), layer.forward, hooked
+    with use(model):
+        in_use = layer._old_forward
+        tokens = _generated(model, 9)
+
+    assert tokens.tolist() == expected.tolist()
+    assert calls
+    assert layer.forward is hooked
+    assert layer._old_forward.__func__ is type(layer).forward is not in_use
+
+
 def test_a_forward_that_was_wrapped_since_is_not_undone() -> None:
     model = _model("Qwen3.5")
     in_use = use(model)
@@ -306,7 +328,7 @@ def test_a_forward_that_was_wrapped_since_is_not_undone() -> None:
     with pytest.raises(InputError, match="forward of layer 2 was replaced since"):
         in_use.undo()
 
-    assert all("forward" in vars(layer) for layer, _ in in_use.forwards)
+    assert "forward" in vars(model.model.layers[0].linear_attn)
 
 
 def test_a_model_that_is_in_use_already_is_refused() -> None:

@@ -79,25 +79,30 @@ def use(
                 deterministic=deterministic,
             )
             runners[spec, device] = _Runner(ops, device)
-    forwards = []
+    in_use = InUse(tuple(runner.ops for runner in runners.values()))
     for layer, spec, project in found:
-        layer.forward = partial(runners[spec, layer.A_log.device].forward, layer, project)
-        forwards.append((layer, layer.forward))
-    return InUse(forwards, tuple(runner.ops for runner in runners.values()))
+        runner = runners[spec, layer.A_log.device]
+        in_use.replace(layer, partial(runner.forward, layer, project))
+    return in_use
 
 
 class InUse:
     """What ``use`` did, and how to undo it; as a context, undone at its end.
 
     Attributes:
-        forwards: the layers, and what took the place of their ``forward``.
-        ops: what they run on, for each device and kind of layer.
+        ops: what the layers run on, for each device and kind of layer.
     """
 
-    def __init__(self, forwards: list[tuple[Any, Any]], ops: tuple[GdnOps, ...]) -> None:
-        """Keep what was replaced."""
-        self.forwards = forwards
+    def __init__(self, ops: tuple[GdnOps, ...]) -> None:
+        """Start with nothing replaced."""
         self.ops = ops
+        self._replaced: list[tuple[Any, Any, Any]] = []
+
+    def replace(self, layer: Any, forward: Callable[..., Tensor]) -> None:
+        """Let ``layer`` run ``forward`` instead of its own."""
+        name = _called(layer)
+        self._replaced.append((layer, forward, vars(layer).get(name)))
+        setattr(layer, name, forward)
 
     def undo(self) -> None:
         """Give the layers their own ``forward`` back; again does nothing.
@@ -105,15 +110,17 @@ class InUse:
         Raises:
             InputError: somebody wrapped the ``forward`` of a layer since, and has to unwrap first.
         """
-        for layer, forward in self.forwards:
-            if vars(layer).get("forward") is not forward:
+        for layer, forward, _ in self._replaced:
+            if vars(layer).get(_called(layer)) is not forward:
                 raise InputError(
                     f"the forward of layer {layer.layer_idx} was replaced since use(), needs the "
                     "one from there"
                 )
-        for layer, _ in self.forwards:
-            del layer.forward
-        self.forwards = []
+        for layer, _, own in self._replaced:
+            delattr(layer, _called(layer))
+            if own is not None:
+                setattr(layer, _called(layer), own)
+        self._replaced = []
 
     def __enter__(self) -> InUse:
         return self
@@ -270,16 +277,22 @@ def _gdn_layers(model: nn.Module) -> list[tuple[Any, Project]]:
             f"{' or '.join(PROJECTIONS)}"
         )
     for layer, _ in found:
-        if "forward" in vars(layer):
+        current = vars(layer).get(_called(layer))
+        if current is not None and getattr(current, "__func__", None) is not type(layer).forward:
             raise InputError(
-                f"the forward of layer {layer.layer_idx} is replaced already, needs a model that "
-                "is not in use and not offloaded"
+                f"the forward of layer {layer.layer_idx} is replaced already, needs its own"
             )
         if layer.A_log.is_meta:
             raise InputError(
-                f"layer {layer.layer_idx} is on the meta device, needs weights that are loaded"
+                f"layer {layer.layer_idx} is on the meta device, needs weights that are loaded and "
+                "not offloaded"
             )
     return found
+
+
+def _called(layer: Any) -> str:
+    """Name the attribute to replace: a hook of accelerate calls what it found in its place."""
+    return "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
 
 
 def _spec(layer: Any) -> GdnSpec:
