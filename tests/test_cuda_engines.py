@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -134,6 +134,31 @@ def test_a_model_in_use_writes_the_greedy_tokens_of_the_model_as_it_is(
 
     assert in_use.ops[0].device.kind != "cpu"
     assert tokens.tolist() == expected.tolist()
+
+
+@torch.no_grad()
+def test_a_graph_of_a_layer_replays_and_keeps_its_batch_to_itself() -> None:
+    model = _model(torch.bfloat16, HYBRID)
+    layer, x = model.model.layers[2].linear_attn, torch.randn(3, 4, HIDDEN, device="cuda")
+    prompts, tokens = x.to(torch.bfloat16), x[:, -1:].to(torch.bfloat16)
+    transformers = pytest.importorskip("transformers")
+    captured, eager, other = (transformers.DynamicCache(config=model.config) for _ in range(3))
+    graph = torch.cuda.CUDAGraph()
+
+    with use(model):
+        for cache, B in ((captured, 3), (eager, 3), (other, 2)):
+            layer(prompts[:B], cache_params=cache)
+        layer(tokens[:2], cache_params=other)  # compiles what is captured, for another batch
+        with torch.cuda.graph(graph):
+            output = layer(tokens, cache_params=captured)
+        expected = layer(tokens, cache_params=eager)
+        graph.replay()
+
+    close = partial(
+        torch.testing.assert_close, rtol=ABSOLUTE[output.dtype], atol=ABSOLUTE[output.dtype]
+    )
+    close(output, expected)
+    close(captured.layers[2].recurrent_states[0], eager.layers[2].recurrent_states[0])
 
 
 def test_gradients_are_refused_where_the_kernels_have_none() -> None:

@@ -247,12 +247,15 @@ class _Runner:
         if torch.compiler.is_compiling():
             return self.compiled_ops, _batch(B, T, has_state, device)
         key = (B, T, has_state)
-        if self._shared is None or self._shared[0] != key:
-            with torch.inference_mode(False):  # a later call may be recorded by autograd
-                batch = _batch(B, T, has_state, device)
-                self.ops.plan_prefill(batch)
+        if self._shared is not None and self._shared[0] == key:
+            return self.ops, self._shared[1]
+        with torch.inference_mode(False):  # a later call may be recorded by autograd
+            batch = _batch(B, T, has_state, device)
+            self.ops.plan_prefill(batch)
+        # what a graph captures is filled by its replays, for no one else
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             self._shared = (key, batch)
-        return self.ops, self._shared[1]
+        return self.ops, batch
 
 
 def _batch(B: int, T: int, has_state: bool, device: torch.device) -> PrefillMetadata:
