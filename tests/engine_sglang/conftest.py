@@ -25,7 +25,7 @@ from transformers.utils import is_torchvision_available
 from gdn_portable import bind
 from gdn_portable.engines import sglang
 
-STUBS = ("IPython", "torchvision")
+STUBS = ("IPython", "sgl_kernel", "torchvision")
 SGLANG = Path(os.environ.get("SGLANG_PATH", Path(sys.prefix) / "sglang"))
 
 

@@ -24,7 +24,7 @@ from tests.engine_sglang.layer import (
     run_eagerly,
 )
 
-pytestmark = pytest.mark.usefixtures("steps")
+pytestmark = pytest.mark.usefixtures("deterministic")
 P = 3
 ACCEPTED = (0, 2, 1)  # the last draft of each request that is right
 BRANCHES = ((0,), (0, 2), (0, 1))  # what is accepted of a tree of a root and its two children
