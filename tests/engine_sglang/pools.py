@@ -50,6 +50,7 @@ def test_a_page_that_both_states_share_is_used_where_it_is(
     want, got = run_eagerly(plain), run_eagerly(paged)
 
     assert not pages.state.is_contiguous()
+    assert not paged.backend.linear_attn_backend.requires_contiguous_prefill_state
     assert torch.equal(bits(got), bits(want))
     for pool, expected in zip((pages.conv_state, pages.state), pools(plain), strict=True):
         assert torch.equal(bits(pool.contiguous()), bits(expected))

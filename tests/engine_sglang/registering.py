@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from typing import Any
@@ -15,12 +16,12 @@ from sglang.srt.layers.attention.linear import gdn_backend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.runtime_context import get_context
 
-from gdn_portable import GdnOps, UnsupportedError, bind
+from gdn_portable import GdnOps, PrefillMetadata, UnsupportedError, bind
 from gdn_portable.engines import sglang
 from gdn_portable.engines.sglang.backend import Backend, Dispatcher
 from gdn_portable.engines.sglang.steps import StepBackend
 from tests.engine_sglang.conftest import register
-from tests.engine_sglang.layer import make_layer, run_eagerly
+from tests.engine_sglang.layer import make_layer, run, run_eagerly
 
 NAMES = ("GDNAttnBackend", "GDNKernelDispatcher", "causal_conv1d_fn", "causal_conv1d_update")
 SGLANGS = Backend.__mro__[1]
@@ -112,6 +113,28 @@ def test_what_is_registered_binds_once_and_runs(mode: ForwardMode) -> None:
 
     assert 0 < first == len(bound)
     assert not any(deterministic for _, deterministic in bound)
+
+
+@pytest.mark.parametrize("with_steps", [True, False], ids=["steps", "kernels"])
+def test_a_prefill_is_planned_once_for_all_layers(with_steps: bool) -> None:
+    planned: list[PrefillMetadata] = []
+
+    def counted(spec: Any, device: Any, *, deterministic: bool = False) -> GdnOps:
+        ops = bind(spec, device)
+
+        def plan_prefill(metadata: PrefillMetadata) -> None:
+            planned.append(metadata)
+            ops.plan_prefill(metadata)
+
+        return dataclasses.replace(ops, plan_prefill=plan_prefill)
+
+    register(counted, steps=with_steps)
+    layer = make_layer(ForwardMode.EXTEND, (4, 1, 66))
+    run_eagerly(layer)
+    run(layer)
+
+    assert len(planned) == 1
+    assert planned[0].seq_lens_cpu == [4, 1, 66]
 
 
 def test_determinism_that_is_asked_for_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,8 @@ ACCEPTED = (0, 2, 1)  # the last draft of each request that is right
 BRANCHES = ((0,), (0, 2), (0, 1))  # what is accepted of a tree of a root and its two children
 
 
-def _verifier(topk: int) -> Any:
+def make_verifier(topk: int) -> Any:
+    """Return a layer whose requests have a chain or tree of drafts, and buffers of NaN for them."""
     layer = make_layer(ForwardMode.TARGET_VERIFY, (P,) * 3)
     layer.backend.linear_attn_backend.topk = topk
     kit._prepare_spec_verify_batch(
@@ -84,7 +85,7 @@ def _decoder(layer: Any, path: tuple[tuple[int, ...], ...], step: int) -> Any:
 def test_a_committed_draft_leaves_what_decodes_leave(
     topk: int, path: tuple[tuple[int, ...], ...]
 ) -> None:
-    layer = _verifier(topk)
+    layer = make_verifier(topk)
     decoded = [pool.clone() for pool in pools(layer)]
 
     o = run_eagerly(layer)
@@ -104,7 +105,7 @@ def test_a_committed_draft_leaves_what_decodes_leave(
 
 @pytest.mark.parametrize("topk", [1, 2], ids=["chain", "tree"])
 def test_a_verify_in_a_padded_graph_writes_the_rows_of_its_drafts_alone(topk: int) -> None:
-    plain, padded = _verifier(topk), _verifier(topk)
+    plain, padded = make_verifier(topk), make_verifier(topk)
     before = [pool.clone() for pool in pools(padded)]
     prepare_graph(padded, 5, tokens=P)
 

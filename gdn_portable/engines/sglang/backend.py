@@ -104,9 +104,10 @@ class Backend(gdn_backend.GDNAttnBackend):  # type: ignore[misc]
             state_indices=metadata.mamba_cache_indices,
             has_initial_state=forward_batch.extend_prefix_lens > 0,
         )
-        # of a batch that was cut in two, the lengths are those of the whole
-        if forward_batch.tbo_parent_token_range is None:
-            step.seq_lens_cpu = forward_batch.extend_seq_lens_cpu
+        lengths = forward_batch.extend_seq_lens_cpu
+        is_whole = forward_batch.tbo_parent_token_range is None  # and not one of two halves
+        if is_whole and lengths is not None and len(lengths) == len(step.cu_seqlens) - 1:
+            step.seq_lens_cpu = lengths
         if metadata.has_mamba_track_mask and metadata.track_ssm_h_src.numel():
             step.checkpoint_offsets = metadata.track_chunk_idx * self.mamba_chunk_size
             step.checkpoint_indices = torch.arange(
