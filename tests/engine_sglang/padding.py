@@ -6,9 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.test.kits.attention_unittest.attention_methods.gdn_attention import GDN_ATOL, GDN_RTOL
 
 from tests.cases import bits
 from tests.engine_sglang.layer import (
+    DEVICE,
     SLOTS,
     make_layer,
     pad_eagerly,
@@ -69,6 +72,25 @@ def test_a_prefill_that_goes_on_reads_its_slot_and_no_other() -> None:
         assert not pool[list(SLOTS)].isnan().any()
         assert (pool[list(SLOTS)] != old[list(SLOTS)]).flatten(1).any(1).all()
         assert pool[[0, 2, 3, 5, 6]].isnan().all()
+
+
+def test_a_projection_that_nobody_split_is_used_as_it_is(steps: bool) -> None:
+    if not steps and DEVICE == "cpu":
+        pytest.skip("SGLang splits a projection by a kernel, which needs a GPU")
+    split, whole = (make_layer(ForwardMode.DECODE, (1, 1, 1)) for _ in range(2))
+    z = torch.randn(3, 4, 32).to(split.mixed_qkv)
+    projected = torch.cat([whole.mixed_qkv, z.flatten(1)], dim=-1)
+    whole.mixed_qkv = (projected, torch.cat([whole.b, whole.a], dim=-1))
+
+    want = run_eagerly(split)
+    with forward_context(ForwardContext(attn_backend=whole.backend)):
+        whole.backend.init_forward_metadata(whole.forward_batch)
+        got, got_z = whole.actual_module(whole.forward_batch, whole.mixed_qkv, None, None)
+
+    assert torch.equal(got_z.reshape(3, 4, 32), z)
+    torch.testing.assert_close(got[0], want, atol=GDN_ATOL, rtol=GDN_RTOL)
+    for pool, other in zip(pools(whole), pools(split), strict=True):
+        torch.testing.assert_close(pool, other, atol=GDN_ATOL, rtol=GDN_RTOL, equal_nan=True)
 
 
 def _assert_same_pools(layer: object, other: object) -> None:

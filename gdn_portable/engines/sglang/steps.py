@@ -20,8 +20,7 @@ from gdn_portable.state import StatePool
 class StepBackend(Backend):
     """Runs convolution and recurrence of a layer together, in the launches of the bound steps.
 
-    SGLang's own methods run what it has begun itself, which is a decode whose convolution it fused
-    with the projection, and multi-item scoring.
+    SGLang's own methods run multi-item scoring.
     """
 
     def __init__(self, model_runner: Any):
@@ -38,9 +37,14 @@ class StepBackend(Backend):
         b: Tensor,
         **kwargs: Any,
     ) -> Any:
-        """Advance every sequence by one token, then track what SGLang asks for."""
+        """Advance every sequence by one token, then track what SGLang asks for.
+
+        Given the projections [q | k | v | z] and [b | a] in place of ``mixed_qkv``, return ``z``
+        as well: views of them are passed on, where SGLang splits them by a kernel.
+        """
+        z = None
         if isinstance(mixed_qkv, tuple):
-            return super().forward_decode(layer, forward_batch, mixed_qkv, a, b, **kwargs)
+            mixed_qkv, z, b, a = _split(layer, *mixed_qkv)
         cache = self.req_to_token_pool.mamba2_layer_cache(layer.layer_id)
         pool = StatePool(cache.conv[0], cache.temporal)
         slots = self.forward_metadata.mamba_cache_indices
@@ -49,7 +53,7 @@ class StepBackend(Backend):
         self._track_mamba_state_decode(
             forward_batch, cache.conv[0], cache.temporal, slots, layer.layer_id
         )
-        return o[None]
+        return o[None] if z is None else (o[None], z)
 
     def forward_extend(
         self,
@@ -119,6 +123,14 @@ class StepBackend(Backend):
             next_sibling=metadata.retrieve_next_sibling,
         )
         return batch, SnapshotDrafts(cache.intermediate_conv_window[0], cache.intermediate_ssm)
+
+
+def _split(layer: Layer, qkvz: Tensor, ba: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """View projections as ``mixed_qkv`` [B, D], z [B, HV, V], b [B, HV] and a [B, HV]."""
+    HV, V = layer.num_v_heads, layer.head_v_dim
+    mixed_qkv, z = qkvz.tensor_split((qkvz.shape[-1] - HV * V,), dim=-1)
+    b, a = ba.split(HV, dim=-1)
+    return mixed_qkv, z.unflatten(-1, (HV, V)), b, a
 
 
 def _params(layer: Layer) -> GdnParams:
