@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Thin shims that put the ops behind the interfaces of inference engines, one module for each."""
+"""Thin shims: each takes an engine's own calls, metadata and pools to the bound ops."""
