@@ -11,7 +11,7 @@ from gdn_backend_triton import ARCHS, CONV_WIDTHS, FLOATS, HEAD_DIMS
 from gdn_portable import Device, GdnSpec, Op, explain, select
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = [
     (page.name, number, block)
     for page in PAGES
