@@ -37,7 +37,7 @@ class Place:
 
 
 @cache
-def _simulated(spec: GdnSpec) -> GdnOps:
+def simulated_ops(spec: GdnSpec) -> GdnOps:
     from ci.amdgcn import bind_simulated
 
     return bind_simulated(spec, "gfx942")
@@ -65,7 +65,7 @@ def place(request: pytest.FixtureRequest) -> Place:
         return Place("cpu", DOUBLE, lambda spec: bind(spec, "cpu"))
     if request.param == "gfx942":
         request.getfixturevalue("amd_gpu")
-        return Place("cpu", BF16, _simulated)
+        return Place("cpu", BF16, simulated_ops)
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU, torch sees none")
     return Place("cuda", BF16, _cuda)
