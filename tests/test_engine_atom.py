@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdn_portable import GdnSpec, InputError, StateLayout, StatePool, bind
+from gdn_portable import (
+    GdnSpec,
+    InputError,
+    SnapshotDrafts,
+    StateLayout,
+    StatePool,
+    VerifyMetadata,
+    bind,
+)
 from gdn_portable.engines.atom import PAD_SLOT, AtomGdn, AtomMetadata, Layout, atom_spec
 from tests.cases import assert_identical, random
 from tests.mixed_engine import (
@@ -85,8 +93,10 @@ def _caches(spec: GdnSpec, layout: Layout, device: str) -> tuple[Tensor, Tensor,
     return conv, state, StatePool(windows[LAYER], canonical[LAYER])
 
 
-def _engine(place: Place, layout: Layout = Layout.MODEL_RUNNER) -> Engine:
-    spec = atom_spec(place.spec, num_spec=NUM_SPEC, layout=layout)
+def _engine(
+    place: Place, layout: Layout = Layout.MODEL_RUNNER, *, num_spec: int = NUM_SPEC
+) -> Engine:
+    spec = atom_spec(place.spec, num_spec=num_spec, layout=layout)
     atom = AtomGdn(place.bind(spec), layout)
     k_cache, v_cache, pool = _caches(spec, layout, place.device)
     cache = SimpleNamespace(k_cache=k_cache[LAYER], v_cache=v_cache[LAYER])
@@ -184,6 +194,63 @@ def test_a_group_goes_on_where_it_was_moved_to(place: Place) -> None:
     engine.serve(Row(one, 3, right=3), Row(two, 1, right=1))
 
     engine.check(one, two)
+
+
+def test_drafts_of_sglang_are_kept_for_it_and_the_pool_is_only_read(place: Place) -> None:
+    spec = atom_spec(place.spec, layout=Layout.SGLANG_PLUGIN)
+    atom = AtomGdn(place.bind(spec), Layout.SGLANG_PLUGIN)
+    engine = _engine(place, Layout.SGLANG_PLUGIN, num_spec=0)
+    one, two = engine.request(0), engine.request(15)
+    engine.serve(Row(one, 5), Row(two, 2))
+    cache = SimpleNamespace(k_cache=engine.pool.conv_state, v_cache=engine.pool.state)
+    P, D, device = 3, spec.conv_dim, place.device
+    wide = torch.full((5, D, P + 2), torch.nan, dtype=spec.dtype, device=device)
+    windows = wide.as_strided((5, P, D, 3), (D * (P + 2), 1, P + 2, 1))  # as SGLang keeps them
+    states = torch.full((5, P, *cache.v_cache.shape[1:]), torch.nan, device=device)
+    states = states.to(spec.state_dtype)
+    slots = torch.tensor([15, 0, PAD_SLOT], device=device)
+    before = engine.bits()
+
+    def verify(
+        mixed_qkv: Tensor, b: Tensor, a: Tensor, gate: Tensor, out: Tensor, layer: Any, _: Any
+    ) -> Tensor:
+        atom.target_verify(
+            *(mixed_qkv, b, a, out[: 3 * P]),
+            layer=layer,
+            cache=cache,
+            cache_indices=slots,
+            draft_token_num=P,
+            intermediate_conv_window=windows,
+            intermediate_ssm=states,
+        )
+        assert_identical(engine.bits(), before)
+        out[3 * P :] = 0
+        last = torch.tensor([1, 2, 0], device=device)  # as SGLang scatters them
+        batch, kept = VerifyMetadata(slots, P), SnapshotDrafts(windows, states)
+        pool = StatePool(cache.k_cache, cache.v_cache)
+        atom.ops.mtp_commit(pool, kept, metadata=batch, last_accepted=last)
+        return out
+
+    engine.forward, decode = verify, engine.forward
+    batch = SimpleNamespace(num_actual_tokens=3 * P)
+    engine.serve(Row(two, P, right=2), Row(one, P, right=3), metadata=batch)
+    one.accepted = two.accepted = 1
+    engine.forward = decode
+    engine.serve(Row(one), Row(two))
+
+    engine.check(one, two)
+    assert states[3:].isnan().all()
+
+
+def test_drafts_of_sglang_are_refused_elsewhere() -> None:
+    atom = AtomGdn.bind(BF16, "cpu")
+    none = torch.zeros(0)
+    caches = {"intermediate_conv_window": none, "intermediate_ssm": none, "cache_indices": none}
+
+    with pytest.raises(InputError, match="layout is ModelRunner, needs SGLang plugin"):
+        atom.target_verify(
+            *(none, none, none, none), layer=None, cache=None, draft_token_num=2, **caches
+        )  # type: ignore[arg-type]
 
 
 @layouts

@@ -2,8 +2,9 @@
 """ATOM: what its Gated DeltaNet layer does between projections, on the bound ops.
 
 Read in ROCm/ATOM at ffdf3bb (2026-08-22): ``GatedDeltaNet`` of ``model_ops/attention_gdn.py``,
-``GDNAttentionMetadata`` and ``GDNStateMixin`` of ``model_ops/attentions/gdn_attn.py``. Nothing of
-ATOM is imported: layer, metadata and caches are taken as they come.
+``GDNAttentionMetadata`` and ``GDNStateMixin`` of ``model_ops/attentions/gdn_attn.py``, and
+``SGLangGatedDeltaNet`` of its SGLang plugin. Nothing of ATOM is imported: layer, metadata and
+caches are taken as they come.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from gdn_portable.engines.mixed import MixedOps, Plan
 from gdn_portable.engines.protocols import MixedLayer, MixedMetadata, layer_params
 from gdn_portable.errors import InputError
 from gdn_portable.interface import GdnOps
+from gdn_portable.metadata import SnapshotDrafts, VerifyMetadata
 from gdn_portable.select import AnyDevice, bind
 from gdn_portable.spec import ConvLayout, GdnSpec, StateLayout
 from gdn_portable.state import StatePool
@@ -194,6 +196,54 @@ class AtomGdn:
         plan = self._mixed.kept(metadata) or self.plan(metadata)
         return plan.run(
             mixed_qkv, b, a, core_attn_out, params=layer_params(layer), pool=self.pool(cache)
+        )
+
+    def target_verify(
+        self,
+        mixed_qkv: Tensor,
+        b: Tensor,
+        a: Tensor,
+        core_attn_out: Tensor,
+        *,
+        layer: MixedLayer,
+        cache: LayerCache,
+        cache_indices: Tensor,
+        draft_token_num: int,
+        intermediate_conv_window: Tensor,
+        intermediate_ssm: Tensor,
+    ) -> Tensor:
+        """Verify chains of drafts for SGLang, which commits; see ``SGLangGatedDeltaNet.forward``.
+
+        Args:
+            mixed_qkv: [B * P, D] projection of the drafts, the root included.
+            b: [B * P, HV] write-strength input.
+            a: [B * P, HV] decay input.
+            core_attn_out: [B * P, HV, V] is written; zeros for padding.
+            layer: holds the weights.
+            cache: of the layer; is read.
+            cache_indices: [B] slots.
+            draft_token_num: P.
+            intermediate_conv_window: [rows, P, D, W - 1] is written by position in the batch; the
+                windows of a row may overlap.
+            intermediate_ssm: [rows, P, HV, V, K] is written, likewise.
+
+        Returns:
+            ``core_attn_out``.
+
+        Raises:
+            InputError: an argument does not fit, or the host is not SGLang.
+        """
+        if self.layout is not Layout.SGLANG_PLUGIN:
+            raise InputError(f"layout is {self.layout.value}, needs {Layout.SGLANG_PLUGIN.value}")
+        return self.ops.verify_step(
+            mixed_qkv,
+            a,
+            b,
+            layer_params(layer),
+            self.pool(cache),
+            metadata=VerifyMetadata(cache_indices, draft_token_num),
+            drafts=SnapshotDrafts(intermediate_conv_window, intermediate_ssm),
+            out=core_attn_out,
         )
 
     def relocate_state_slots(
