@@ -235,6 +235,10 @@ WRONG_DRAFTS = {
     ),
     "no counts": ({"num_accepted_tokens": None}, "num_accepted_tokens is None, needs"),
     "no row numbers": ({"spec_token_indx": None}, "spec_token_indx is None, needs"),
+    "rows of nobody": (
+        {"num_prefills": 0, "num_decodes": 2, "num_decode_tokens": 2},
+        "non_spec_token_indx has 3 rows, needs 2 of decodes",
+    ),
     "a row twice": ({"spec_token_indx": torch.tensor([0, 0, 2])}, "need each of 0 to 5 once"),
     "a slot of the prefill": (
         {"spec_state_indices_tensor": torch.tensor([[1, 2, 15]])},

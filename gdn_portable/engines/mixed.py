@@ -191,7 +191,7 @@ class MixedOps:
         leading = _leading(metadata, others)
         if leading:
             written = _needed(metadata, "non_spec_state_indices_tensor", leading)[:leading]
-            read = written if read_slots is None else _long("read_slots", read_slots, leading)
+            read = written if read_slots is None else _at_least("read_slots", read_slots, leading)
             decode = Slots(read[:leading], None if read_slots is None else written)
             rows = _cut(others, 0, leading)
             parts.append(self._part(Op.DECODE_STEP, rows, decode, **decode._asdict()))
@@ -250,7 +250,9 @@ def _prefill(
     offsets = _needed(metadata, "non_spec_query_start_loc", decodes + 2)
     count = len(offsets) - 1
     written = _needed(metadata, "non_spec_state_indices_tensor", count)[decodes:count]
-    read = written if read_slots is None else _long("read_slots", read_slots, count)[decodes:count]
+    read = (
+        written if read_slots is None else _at_least("read_slots", read_slots, count)[decodes:count]
+    )
     return PrefillMetadata(
         cu_seqlens=offsets[decodes:] - decodes if decodes else offsets,
         state_indices=read,
@@ -279,6 +281,8 @@ def _leading(metadata: MixedMetadata, others: Rows) -> int:
             f"num_decode_tokens is {metadata.num_decode_tokens}, needs num_decodes ({decodes}): "
             "a sequence without drafts decodes one token"
         )
+    if isinstance(others, Tensor) and not metadata.num_prefills and len(others) != decodes:
+        raise InputError(f"non_spec_token_indx has {len(others)} rows, needs {decodes} of decodes")
     if metadata.num_prefills or not decodes or isinstance(others, Tensor):
         return decodes
     slots = _needed(metadata, "non_spec_state_indices_tensor", decodes)
@@ -296,10 +300,10 @@ def _needed(metadata: MixedMetadata, name: str, length: int) -> Tensor:
     tensor: Tensor | None = getattr(metadata, name)
     if tensor is None:
         raise InputError(f"{name} is None, needs a tensor for such a batch")
-    return _long(name, tensor, length)
+    return _at_least(name, tensor, length)
 
 
-def _long(name: str, tensor: Tensor, length: int) -> Tensor:
+def _at_least(name: str, tensor: Tensor, length: int) -> Tensor:
     if len(tensor) < length:
         raise InputError(f"{name} has {len(tensor)} entries, needs at least {length}")
     return tensor
