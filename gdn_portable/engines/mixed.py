@@ -67,17 +67,18 @@ class Part:
             return len(self.rows)
         return max(int(self.rows.stop) - int(self.rows.start), 0)
 
-    def take(self, tensor: Tensor | None) -> Tensor | None:
+    def take(self, tensor: Tensor) -> Tensor:
         """Return the part's rows: a view of a range, a copy of numbered ones."""
-        if tensor is None or isinstance(self.rows, slice):
-            return None if tensor is None else tensor[self.rows]
-        return tensor.index_select(0, self.rows)
+        rows = self.rows
+        if isinstance(rows, Tensor):
+            return tensor.index_select(0, rows)
+        return tensor if rows.start == 0 and rows.stop == tensor.shape[0] else tensor[rows]
 
     def room(self, out: Tensor) -> Tensor:
         """Return where the step writes: a range of ``out``, or memory to copy from."""
-        if isinstance(self.rows, slice):
-            return out[self.rows]
-        return out.new_empty(len(self), *out.shape[1:])
+        if isinstance(self.rows, Tensor):
+            return out.new_empty(len(self), *out.shape[1:])
+        return self.take(out)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,17 +107,16 @@ class Plan:
         gate: Tensor | None = None,
     ) -> Tensor:
         """Run one layer; arguments are checked, where they are, before the first part runs."""
+        count = self.num_tokens
         named = {"mixed_qkv": mixed_qkv, "b": b, "a": a, "gate": gate, "core_attn_out": out}
         for name, tensor in named.items():
-            if tensor is not None and len(tensor) < self.num_tokens:
-                raise InputError(
-                    f"{name} has {len(tensor)} rows, needs the {self.num_tokens} of the batch"
-                )
+            if tensor is not None and tensor.shape[0] < count:
+                raise InputError(f"{name} has {len(tensor)} rows, needs the {count} of the batch")
         calls: list[tuple[Part, Tensor, Launch]] = []
         for part in self.parts:
             room = part.room(out)
-            inputs = (*map(part.take, (mixed_qkv, a, b)), params, pool)
-            keywords = {"gate": part.take(gate), "out": room}
+            inputs = (part.take(mixed_qkv), part.take(a), part.take(b), params, pool)
+            keywords = {"gate": None if gate is None else part.take(gate), "out": room}
             if part.check is not None:
                 part.check(*inputs, **keywords)
             calls.append((part, room, partial(part.launch, *inputs, **keywords)))
@@ -124,8 +124,8 @@ class Plan:
             call()
             if isinstance(part.rows, Tensor):
                 out.index_copy_(0, part.rows, room)
-        if self.num_tokens < len(out):
-            out[self.num_tokens :].zero_()
+        if count < out.shape[0]:
+            out[count:].zero_()
         return out
 
 
@@ -136,17 +136,23 @@ class MixedOps:
     Attributes:
         ops: what serves the batches.
         checks: of the steps, by op; empty where arguments are not checked.
+        window: shape of a slot of the conv state.
+        slot: shape of a slot of the recurrent state.
     """
 
     ops: GdnOps
     checks: Mapping[Op, Launch]
+    window: tuple[int, ...]
+    slot: tuple[int, ...]
 
     @classmethod
     def of(cls, ops: GdnOps, *, check: bool | None = None) -> MixedOps:
         """Take ``ops``; None for ``check`` checks on a CPU, as ``bind`` does."""
+        spec = ops.spec
         checking = ops.device.kind == "cpu" if check is None else check
         steps = STEPS if checking else ()
-        return cls(ops, {op: checked(op, _nothing, ops.spec, ops.device) for op in steps})
+        checks = {op: checked(op, _nothing, spec, ops.device) for op in steps}
+        return cls(ops, checks, conv_slot_shape(spec, spec.conv_state_len), state_slot_shape(spec))
 
     def pool(self, conv_state: Tensor, state: Tensor) -> StatePool:
         """Wrap a layer's tensors as they are.
@@ -155,9 +161,8 @@ class MixedOps:
             InputError: they are not in the layouts and dtypes that the spec declares.
         """
         spec = self.ops.spec
-        window = conv_slot_shape(spec, spec.conv_state_len)
-        _check_pool("conv_state", conv_state, window, spec.conv_state_dtype)
-        _check_pool("state", state, state_slot_shape(spec), spec.state_dtype)
+        _check_pool("conv_state", conv_state, self.window, spec.conv_state_dtype)
+        _check_pool("state", state, self.slot, spec.state_dtype)
         return StatePool(conv_state, state)
 
     def plan(
