@@ -347,6 +347,17 @@ def test_rows_and_slots_that_pad_decodes_need_not_be_as_many(place: Place) -> No
     engine.check(one, two)
 
 
+@pytest.mark.parametrize(("tokens", "served"), [(2, 2), (3, 3), (6, 4)])
+def test_rows_of_padding_with_slots_are_served_as_a_graph_may_fill_them_later(
+    tokens: int, served: int
+) -> None:
+    metadata = GDNAttentionMetadata(
+        0, 0, 2, 2, 0, 0, tokens, non_spec_state_indices_tensor=torch.tensor([1, 2, 0, 0])
+    )
+
+    assert VllmGdn.bind(BF16, "cpu").plan(metadata).num_tokens == served
+
+
 @pytest.mark.parametrize("num_spec", [0, 3])
 def test_pools_are_those_that_vllm_allocates(num_spec: int) -> None:
     spec = vllm_spec(BF16, num_spec=num_spec)
