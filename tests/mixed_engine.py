@@ -56,7 +56,7 @@ BF16 = GdnSpec(
     dtype=torch.bfloat16,
     state_dtype=torch.float32,
 )
-DOUBLE = replace(BF16, dtype=F64, state_dtype=F64)
+DOUBLE = replace(BF16, head_v_dim=12, dtype=F64, state_dtype=F64)
 
 
 @pytest.fixture(params=["cpu", "gfx942", "cuda"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdn_portable import GdnSpec, InputError, PrefillMetadata, StatePool, bind
+from gdn_portable import GdnSpec, PrefillMetadata, StatePool, bind
 from gdn_portable.engines.vllm import NULL_BLOCK, VllmGdn, VllmMetadata, vllm_spec
 from tests.cases import assert_identical
 from tests.mixed_engine import (
@@ -24,7 +24,6 @@ from tests.mixed_engine import (
     Row,
     metadata_fields,
     place,
-    refusal,
 )
 
 __all__ = ["place"]
@@ -68,7 +67,7 @@ class GDNAttentionMetadata:
     token_chunk_offset_ptr: Tensor | None = None
 
 
-def _caches(spec: GdnSpec, device: str) -> tuple[Tensor, Tensor]:
+def caches(spec: GdnSpec, device: str) -> tuple[Tensor, Tensor]:
     """Return a layer's caches of NaN, both in one page of every block."""
     pool = StatePool.allocate(spec, NUM_SLOTS, device, paged=True)
     assert pool.conv_state is not None and pool.state is not None
@@ -85,10 +84,10 @@ def build(rows: Sequence[Row], device: str, pad_to: int) -> Any:
     return GDNAttentionMetadata(**named)
 
 
-def _engine(place: Place, layout: Any = "SD", *, gated: bool = False) -> Engine:
+def engine_of(place: Place, layout: Any = "SD", *, gated: bool = False) -> Engine:
     spec = vllm_spec(place.spec, num_spec=NUM_SPEC, conv_state_layout=layout)
     vllm = VllmGdn(place.bind(spec))
-    conv_state, state = _caches(spec, place.device)
+    conv_state, state = caches(spec, place.device)
 
     def metadata(rows: Sequence[Row], pad_to: int) -> Any:
         return build(rows, place.device, pad_to)
@@ -115,7 +114,7 @@ def _engine(place: Place, layout: Any = "SD", *, gated: bool = False) -> Engine:
 
 @layouts
 def test_prefills_in_chunks_then_padded_decodes(place: Place, layout: str) -> None:
-    engine = _engine(place, layout)
+    engine = engine_of(place, layout)
     one, two, idle = engine.request(1, 2, 3), engine.request(15, 14, 13), engine.request(4, 5, 6)
 
     engine.serve(Row(one, 5), Row(two, 2), Row(idle, 3))
@@ -127,7 +126,7 @@ def test_prefills_in_chunks_then_padded_decodes(place: Place, layout: str) -> No
 
 
 def test_decodes_lead_prefills_in_one_batch(place: Place) -> None:
-    engine = _engine(place)
+    engine = engine_of(place)
     one, two, new = engine.request(1, 2, 3), engine.request(15, 14, 13), engine.request(4, 5, 6)
     engine.serve(Row(one, 3), Row(two, 4))
 
@@ -139,7 +138,7 @@ def test_decodes_lead_prefills_in_one_batch(place: Place) -> None:
 
 @layouts
 def test_drafts_are_accepted_in_part_and_padded(place: Place, layout: str) -> None:
-    engine = _engine(place, layout)
+    engine = engine_of(place, layout)
     one, two = engine.request(1, 2, 3), engine.request(15, 14, 13)
     engine.serve(Row(one, 4), Row(two, 3))
 
@@ -152,7 +151,7 @@ def test_drafts_are_accepted_in_part_and_padded(place: Place, layout: str) -> No
 
 
 def test_drafts_lie_between_prefills_and_decodes(place: Place) -> None:
-    engine = _engine(place)
+    engine = engine_of(place)
     one, two = engine.request(1, 2, 3), engine.request(15, 14, 13)
     decoding, new = engine.request(4, 5, 6), engine.request(7, 8, 9)
     engine.serve(Row(one, 4), Row(two, 3), Row(decoding, 2))
@@ -164,7 +163,7 @@ def test_drafts_lie_between_prefills_and_decodes(place: Place) -> None:
 
 
 def test_a_checkpoint_of_a_prefill_starts_another_request(place: Place) -> None:
-    engine = _engine(place)
+    engine = engine_of(place)
     one, two = engine.request(1, 2, 3), engine.request(15, 14, 13)
     engine.serve(Row(one, 3), Row(two, 2))
 
@@ -177,7 +176,7 @@ def test_a_checkpoint_of_a_prefill_starts_another_request(place: Place) -> None:
 
 
 def test_copied_blocks_go_on_where_their_source_stood(place: Place) -> None:
-    engine = _engine(place)
+    engine = engine_of(place)
     one = engine.request(1, 2, 3)
     engine.serve(Row(one, 4))
 
@@ -190,7 +189,7 @@ def test_copied_blocks_go_on_where_their_source_stood(place: Place) -> None:
 
 
 def test_the_norm_is_applied_to_every_part(place: Place) -> None:
-    engine = _engine(place, gated=True)
+    engine = engine_of(place, gated=True)
     one, two, new = engine.request(1, 2, 3), engine.request(15, 14, 13), engine.request(4, 5, 6)
     engine.serve(Row(one, 4), Row(two, 3))
 
@@ -201,103 +200,6 @@ def test_the_norm_is_applied_to_every_part(place: Place) -> None:
 
 
 CPU = Place("cpu", DOUBLE, lambda spec: bind(spec, "cpu"))
-WRONG = {
-    "no slots": ({"non_spec_state_indices_tensor": None}, "None, needs a tensor"),
-    "few slots": ({"non_spec_state_indices_tensor": torch.tensor([1])}, "1 entries, needs .* 2"),
-    "a slot that is not there": (
-        {"non_spec_state_indices_tensor": torch.tensor([1, NUM_SLOTS])},
-        "needs",
-    ),
-    "no flags": ({"has_initial_state": None}, "has_initial_state is None, needs"),
-    "tokens and decodes": ({"num_decode_tokens": 3}, "is 3, needs num_decodes"),
-    "offsets": ({"non_spec_query_start_loc": torch.tensor([0, 1])}, "2 entries, needs .* 3"),
-    "offsets that go back": ({"non_spec_query_start_loc": torch.tensor([0, 1, 0])}, "needs"),
-}
-
-
-@pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG)
-def test_a_wrong_batch_is_refused_before_its_first_part_runs(
-    changes: dict[str, Any], message: str
-) -> None:
-    engine = _engine(CPU)
-    one, new = engine.request(1, 2, 3), engine.request(15, 14, 13)
-    engine.serve(Row(one, 4))
-
-    refusal(engine, message, Row(one), Row(new, 3), **changes)
-
-
-WRONG_DRAFTS = {
-    "no table": ({"spec_state_indices_tensor": None}, "is None, needs a tensor"),
-    "a vector": ({"spec_state_indices_tensor": torch.tensor([1])}, r"\[1\], needs .*drafts"),
-    "too many drafts": (
-        {"spec_state_indices_tensor": torch.tensor([[1, 2, 3, 4]])},
-        "at most 3 drafts: windows have 5 columns",
-    ),
-    "no counts": ({"num_accepted_tokens": None}, "num_accepted_tokens is None, needs"),
-    "no row numbers": ({"spec_token_indx": None}, "spec_token_indx is None, needs"),
-    "rows of nobody": (
-        {"num_prefills": 0, "num_decodes": 2, "num_decode_tokens": 2},
-        "non_spec_token_indx has 3 rows, needs 2 of decodes",
-    ),
-    "a row twice": ({"spec_token_indx": torch.tensor([0, 0, 2])}, "need each of 0 to 5 once"),
-    "a slot of the prefill": (
-        {"spec_state_indices_tensor": torch.tensor([[1, 2, 15]])},
-        "slot 15 is written for one sequence and used for another, needs",
-    ),
-    "a slot that is not there": (
-        {"spec_state_indices_tensor": torch.tensor([[1, 2, NUM_SLOTS]])},
-        "needs",
-    ),
-}
-
-
-@pytest.mark.parametrize(("changes", "message"), WRONG_DRAFTS.values(), ids=WRONG_DRAFTS)
-def test_wrong_drafts_are_refused_before_the_first_part_runs(
-    changes: dict[str, Any], message: str
-) -> None:
-    engine = _engine(CPU)
-    one, new = engine.request(1, 2, 3), engine.request(15, 14, 13)
-    engine.serve(Row(one, 4))
-
-    refusal(engine, message, Row(one, 3, right=1), Row(new, 3), **changes)
-
-
-@pytest.mark.parametrize("short", range(4))
-def test_rows_that_are_missing_are_refused(short: int) -> None:
-    vllm = VllmGdn(bind(vllm_spec(BF16), "cpu"))
-    HV, V, D = BF16.num_v_heads, BF16.head_v_dim, BF16.conv_dim
-    shapes = ((D,), (HV,), (HV,), (HV, V))
-    rows = [torch.zeros(2 if i == short else 3, *shape) for i, shape in enumerate(shapes)]
-    metadata = GDNAttentionMetadata(
-        0, 0, 3, 3, 0, 0, 3, non_spec_state_indices_tensor=torch.tensor([1, 2, 3])
-    )
-    layer = SimpleNamespace(
-        kv_cache=_caches(vllm.ops.spec, "cpu"),
-        conv1d=SimpleNamespace(weight=torch.zeros(D, 1, 4), bias=None),
-        A_log=torch.zeros(HV),
-        dt_bias=torch.zeros(HV),
-        norm=None,
-    )
-
-    with pytest.raises(InputError, match="has 2 rows, needs the 3 of the batch"):
-        vllm.forward_core(*rows, layer=layer, metadata=metadata)
-
-
-def test_caches_in_another_layout_or_dtype_are_refused() -> None:
-    vllm = VllmGdn(bind(vllm_spec(BF16, num_spec=NUM_SPEC), "cpu"))
-    conv_state, state = _caches(vllm.ops.spec, "cpu")
-
-    with pytest.raises(InputError, match=r"conv_state is \[16, 64, 5\].*needs \[slots, 5, 64\]"):
-        vllm.pool((conv_state.mT, state))
-    with pytest.raises(InputError, match=r"state is .*bfloat16, needs .*float32"):
-        vllm.pool((conv_state, state.bfloat16()))
-
-
-def test_a_spec_without_a_null_block_is_refused() -> None:
-    with pytest.raises(InputError, match="pad_slot is -1, needs the null block, 0"):
-        VllmGdn(bind(BF16, "cpu"))
-    with pytest.raises(InputError, match="'HND', needs 'SD' or 'DS'"):
-        vllm_spec(BF16, conv_state_layout="HND")  # type: ignore[arg-type]
 
 
 def _counted(planned: list[PrefillMetadata]) -> Place:
@@ -307,7 +209,7 @@ def _counted(planned: list[PrefillMetadata]) -> Place:
 
 def test_prefills_are_planned_once_for_all_layers_of_a_forward() -> None:
     planned: list[PrefillMetadata] = []
-    engine = _engine(_counted(planned))
+    engine = engine_of(_counted(planned))
     rows = (Row(engine.request(1, 2, 3), 3), Row(engine.request(15, 14, 13), 2))
     metadata = engine.metadata(rows, 0)
 
@@ -321,7 +223,7 @@ def test_prefills_are_planned_once_for_all_layers_of_a_forward() -> None:
 def test_a_plan_may_be_made_ahead_and_serves_the_ops_that_it_was_made_for() -> None:
     planned: list[PrefillMetadata] = []
     place = _counted(planned)
-    engine, other = _engine(place), VllmGdn(place.bind(DOUBLE))
+    engine, other = engine_of(place), VllmGdn(place.bind(DOUBLE))
     rows = (Row(engine.request(1, 2, 3), 3),)
     metadata = engine.metadata(rows, 0)
 
@@ -333,7 +235,7 @@ def test_a_plan_may_be_made_ahead_and_serves_the_ops_that_it_was_made_for() -> N
 
 
 def test_rows_and_slots_that_pad_decodes_need_not_be_as_many(place: Place) -> None:
-    engine = _engine(place)
+    engine = engine_of(place)
     one, two = engine.request(1, 2, 3), engine.request(15, 14, 13)
     engine.serve(Row(one, 3), Row(two, 2))
 
@@ -382,7 +284,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU
 
 def _started(*, drafts: bool) -> tuple[Engine, tuple[Row, Row]]:
     """Return an engine on the GPU after two prefills, and the batch that comes next."""
-    engine = _engine(CUDA)
+    engine = engine_of(CUDA)
     one, two = engine.request(1, 2, 3), engine.request(15, 14, 13)
     engine.serve(Row(one, 5), Row(two, 2))
     return engine, (Row(one, 3, right=2), Row(two, 2, right=2)) if drafts else (Row(one), Row(two))
