@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from gdn_portable import DraftProtocol, InputError, Op, UnknownBackendError
+from gdn_portable import Device, DraftProtocol, InputError, Op, UnknownBackendError
 from gdn_portable.bench import card, host, run
 from gdn_portable.bench.cases import (
     FEW_HEADS,
@@ -30,6 +30,7 @@ from gdn_portable.bench.cases import (
 )
 from gdn_portable.bench.floors import Rates, Work, floor_of, work_of
 from gdn_portable.bench.inputs import Slots, draw_params, gates_of
+from gdn_portable.bench.ours import contenders
 from gdn_portable.bench.timing import Run, Timing, measure
 from gdn_portable.cli.bench import named_kernels
 from tests.bench import DECODE, NORM, RATES, SMALL, FakeClock, plan_of, rows_of
@@ -97,6 +98,18 @@ def test_all_cases_hold_every_op_and_the_default_ones_once() -> None:
     assert {case.op for case in cases} == set(OPS)
     assert len({case.name for case in cases}) == len(cases)
     assert set(default_cases()) <= set(cases)
+
+
+def test_a_chunk_prefill_that_normalises_is_a_case_of_its_own() -> None:
+    chosen = select_cases(all_cases(), None, ["chunk_prefill/H16-HV64/24576+8192/fp32/real*"])
+
+    assert [case.variant for case in chosen] == [
+        "H16-HV64/fp32/real",
+        "H16-HV64/fp32/real/norms",
+    ]
+    assert [case.spec.qk_l2norm for case in chosen] == [False, True]
+    plain, norms = (contenders(case, Device("cpu", "cpu"), {})[0].includes for case in chosen)
+    assert norms == f"norms, {plain}"
 
 
 def test_cases_are_selected_by_op_and_by_name() -> None:

@@ -34,9 +34,12 @@ GATED_OPS = ("chunk_prefill", "prefill_step")  # a kernel may skip what has deca
 
 BATCHES = (1, 8, 32, 128, 512)
 VERIFY_BATCHES = (8, 32, 128)
+MORE_VERIFY_BATCHES = (1, *VERIFY_BATCHES)
 TOKENS = (2048, 8192, 16384)
+CONV_LENGTHS = ((512,), (1024,) * 8, (100, 3000, 17, 5000, 1, 75))  # and those of TOKENS
 PACKED = ((2048,), (8192,), (32768,), (2048,) * 4, (4096,) * 8)
 PACKED_FEW_HEADS = ((8192,), (32768,), (1024,) * 8)
+PACKED_UNEVENLY = (24576, 8192)
 
 MAX_DRAFTS = 4
 NUM_ACCEPTED = 3  # root included
@@ -50,6 +53,7 @@ LAYER = GdnSpec(
     state_dtype=torch.float32,
 )
 FEW_HEADS = replace(LAYER, num_k_heads=2, num_v_heads=8)
+MANY_HEADS = replace(LAYER, num_v_heads=64)
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -117,7 +121,10 @@ class Case:
         """Name all but the op and the sequences; cases that share it lie on one curve."""
         parts = [self.layer, SHORT.get(self.spec.state_dtype, str(self.spec.state_dtype))]
         parts += [self.protocol.value] if self.protocol else []
-        return "/".join([*parts, self.gates.value])
+        parts += [self.gates.value]
+        # peers apply none either way
+        parts += ["norms"] if self.op == "chunk_prefill" and self.spec.qk_l2norm else []
+        return "/".join(parts)
 
     @property
     def name(self) -> str:
@@ -141,7 +148,7 @@ def default_cases() -> tuple[Case, ...]:
 
 def all_cases() -> tuple[Case, ...]:
     """Return the default cases, and those that are only timed when named."""
-    layers = (LAYER, _bf16_state(LAYER), FEW_HEADS, _bf16_state(FEW_HEADS))
+    layers = (LAYER, _bf16_state(LAYER), FEW_HEADS, _bf16_state(FEW_HEADS), MANY_HEADS)
     return tuple(dict.fromkeys((*default_cases(), *(c for spec in layers for c in cases_of(spec)))))
 
 
@@ -151,12 +158,15 @@ def cases_of(spec: GdnSpec) -> Iterator[Case]:
         yield from _decodes(op, spec)
     for op in VERIFY_OPS:
         for protocol in DraftProtocol:
-            yield from _verifies(op, spec, protocol)
+            yield from _verifies(op, spec, protocol, MORE_VERIFY_BATCHES)
     for op in (FRONT_END, "conv1d_prefill", "gated_rms_norm"):
         for tokens in TOKENS:
             yield Case(op=op, spec=spec, lengths=(tokens,))
-    packed = tuple(dict.fromkeys((*PACKED, *PACKED_FEW_HEADS)))
+    for lengths in CONV_LENGTHS:
+        yield Case(op="conv1d_prefill", spec=spec, lengths=lengths)
+    packed = tuple(dict.fromkeys((*PACKED, *PACKED_FEW_HEADS, PACKED_UNEVENLY)))
     yield from _chunks(spec, packed)
+    yield from _chunks(spec, packed, norms=True)
     for gates in Gates:
         for lengths in packed:
             yield Case(op="prefill_step", spec=spec, lengths=lengths, gates=gates)
@@ -192,17 +202,20 @@ def _decodes(op: str, spec: GdnSpec) -> list[Case]:
     return [Case(op=op, spec=spec, lengths=(1,) * batch) for batch in BATCHES]
 
 
-def _verifies(op: str, spec: GdnSpec, protocol: DraftProtocol) -> list[Case]:
+def _verifies(
+    op: str, spec: GdnSpec, protocol: DraftProtocol, batches: Sequence[int] = VERIFY_BATCHES
+) -> list[Case]:
     if protocol is DraftProtocol.SLOT_TABLE:
         spec = replace(spec, conv_window=spec.conv_width - 2 + MAX_DRAFTS)
     return [
         Case(op=op, spec=spec, lengths=(MAX_DRAFTS,) * batch, protocol=protocol)
-        for batch in VERIFY_BATCHES
+        for batch in batches
     ]
 
 
-def _chunks(spec: GdnSpec, packed: Sequence[tuple[int, ...]]) -> list[Case]:
-    spec = replace(spec, qk_l2norm=False)  # unit vectors are given, as most peers need them
+def _chunks(spec: GdnSpec, packed: Sequence[tuple[int, ...]], *, norms: bool = False) -> list[Case]:
+    """Return the cases; unit vectors are given, as most peers need them, whoever applies norms."""
+    spec = replace(spec, qk_l2norm=norms)
     return [
         Case(op="chunk_prefill", spec=spec, lengths=lengths, gates=gates)
         for gates in Gates

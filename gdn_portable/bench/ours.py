@@ -77,6 +77,8 @@ def contenders(case: Case, device: Device, named: Mapping[Op, tuple[str, ...]]) 
         return [_conv_alone(case, device, first), *_front_ends(case, device)]
     op = Op(case.op)
     includes = INCLUDES[case.op]
+    if case.op == "chunk_prefill" and case.spec.qk_l2norm:
+        includes = f"norms, {includes}"
     if case.op == "verify_step" and case.protocol is DraftProtocol.SNAPSHOT:
         includes += ", commit"
     if op not in named:
