@@ -188,7 +188,7 @@ class GdnSpec:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What the maths is done in: float32, or float64 where the spec names it."""
+        """What the maths is done in, float32 unless the spec names float64."""
         doubles = torch.float64 in (self.dtype, self.state_dtype)
         return torch.float64 if doubles else torch.float32
 
