@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import gdn_portable
 from gdn_portable import Op
 
 pytest.importorskip("sphinx")
@@ -51,6 +52,15 @@ def test_every_op_is_on_the_page_of_the_contract(site: Path) -> None:
     page = (site / "contract.html").read_text()
 
     assert [op for op in Op if f'id="gdn_portable.GdnOps.{op.value}"' not in page] == []
+
+
+def test_every_name_that_is_exported_is_on_the_page_of_types(site: Path) -> None:
+    page = (site / "types.html").read_text()
+    names = set(gdn_portable.__all__) - {"nn"}
+
+    assert [
+        name for name in sorted(names) if not re.search(rf'id="gdn_portable\.(\w+\.)?{name}"', page)
+    ] == []
 
 
 def test_the_contract_is_that_of_the_docstrings(site: Path) -> None:
