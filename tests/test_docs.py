@@ -107,6 +107,15 @@ def test_a_command_that_is_printed_exists_with_its_options(page: str, line: str)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_an_extra_that_is_installed_is_declared(page: Path) -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    groups = re.findall(r"""pip install [^\n]*?["']\S*?\[([\w,]+)\]""", page.read_text())
+
+    named = {extra for group in groups for extra in group.split(",")}
+    assert {name for name in named if not re.search(rf"^{name} = \[", project, re.M)} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_a_script_that_is_printed_exists(page: Path) -> None:
     named = re.findall(r"(?:^ +|`)(?:\S+=\S+ )*(ci/\w+)", page.read_text(), re.MULTILINE)
     modules = re.findall(r"python -m (ci\.[\w.]+)", page.read_text())
