@@ -23,10 +23,11 @@ class GatedDeltaNet(nn.Module):
     bound object serves all layers. State dicts of Hugging Face's Qwen3-Next and Qwen3.5 layers
     load as they are, told apart by their keys. To train it, bind with ``backend="reference"``: the
     other kernels have no backward, and are called under ``torch.no_grad()``.
+    :class:`gdn_portable.parallel.HeadParallel` shards it.
 
     Attributes:
-        spec: the layer.
-        projections: rows of [qkv], z, b and a in ``in_proj``.
+        spec: the layer, as this rank has it.
+        whole_spec: the layer that state dicts hold; ``spec``, where it is not sharded.
         in_proj: hidden -> [q | k | v | z | b | a], one product.
         conv1d: holds the weight [D, 1, W].
         A_log: [HV] float32.
@@ -38,10 +39,10 @@ class GatedDeltaNet(nn.Module):
     def __init__(self, spec: GdnSpec, hidden_size: int, *, norm_eps: float = 1e-6) -> None:
         """Allocate and initialise weights in ``spec.dtype`` on torch's default device."""
         super().__init__()
-        self.spec = spec
+        self.spec = self.whole_spec = spec
         value_dim = spec.num_v_heads * spec.head_v_dim
-        widths = (spec.conv_dim, value_dim, spec.num_v_heads, spec.num_v_heads)
-        self.in_proj = nn.Linear(hidden_size, sum(widths), bias=False, dtype=spec.dtype)
+        rows = sum(projections(spec))
+        self.in_proj = nn.Linear(hidden_size, rows, bias=False, dtype=spec.dtype)
         self.conv1d = nn.Conv1d(
             spec.conv_dim,
             spec.conv_dim,
@@ -54,7 +55,6 @@ class GatedDeltaNet(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(spec.num_v_heads, dtype=torch.float32))
         self.norm = nn.RMSNorm(spec.head_v_dim, eps=norm_eps, dtype=spec.dtype)
         self.out_proj = nn.Linear(value_dim, hidden_size, bias=False, dtype=spec.dtype)
-        self.projections = widths
         self.register_load_state_dict_pre_hook(_from_hugging_face)  # type: ignore[no-untyped-call]
         self.reset_decay()
 
@@ -139,13 +139,23 @@ class GatedDeltaNet(nn.Module):
         return self._output(o)
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mixed_qkv, z, b, a = self.in_proj(hidden).split(self.projections, dim=-1)
+        mixed_qkv, z, b, a = self.in_proj(hidden).split(projections(self.spec), dim=-1)
         gate = z.unflatten(-1, (self.spec.num_v_heads, self.spec.head_v_dim))
         return mixed_qkv, gate, b, a
 
     def _output(self, o: Tensor) -> Tensor:
         out: Tensor = self.out_proj(o.flatten(-2))
         return out
+
+
+def projections(spec: GdnSpec) -> tuple[int, int, int, int]:
+    """Return the rows of [qkv], z, b and a in ``in_proj``."""
+    return (
+        spec.conv_dim,
+        spec.num_v_heads * spec.head_v_dim,
+        spec.num_v_heads,
+        spec.num_v_heads,
+    )
 
 
 def _from_hugging_face(
@@ -163,9 +173,9 @@ def _from_hugging_face(
     Where a part is missing the keys stay as they are, for torch to report.
     """
     assert isinstance(module, GatedDeltaNet)
-    D, value_dim, HV = module.projections[:3]
+    D, value_dim, HV, _ = projections(module.whole_spec)
     layouts: tuple[tuple[dict[str, int], Callable[..., Tensor]], ...] = (
-        ({"qkvz": D + value_dim, "ba": 2 * HV}, partial(_deinterleave, module.spec)),
+        ({"qkvz": D + value_dim, "ba": 2 * HV}, partial(deinterleave, module.whole_spec)),
         ({"qkv": D, "z": value_dim, "b": HV, "a": HV}, lambda *parts: torch.cat(parts)),
     )
     for rows, join in layouts:
@@ -180,7 +190,7 @@ def _from_hugging_face(
             state_dict[f"{prefix}in_proj.weight"] = join(*map(state_dict.pop, sizes))
 
 
-def _deinterleave(spec: GdnSpec, qkvz: Tensor, ba: Tensor) -> Tensor:
+def deinterleave(spec: GdnSpec, qkvz: Tensor, ba: Tensor) -> Tensor:
     """Return [q | k | v | z | b | a] from Qwen3-Next's rows, which are grouped by key head."""
     H, K, ratio = spec.num_k_heads, spec.head_k_dim, spec.num_v_heads // spec.num_k_heads
     V = ratio * spec.head_v_dim

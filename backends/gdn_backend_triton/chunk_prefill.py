@@ -57,6 +57,12 @@ TILES = {
 # of a state held as [BV, K]: what one product leaves in registers is an operand of the next there,
 # and only there: elsewhere registers spill (an H200 takes 3.3 us per chunk, 5.1 as [K, BV])
 V_FIRST_TILES = {"sm90": Tile(BV=128, warps=8, stages=3, programs=132)}
+# of wide rows of 16-bit numbers: a tile of 64 columns takes wgmma, and eight warps hold its state
+WIDE_TILES = {
+    "sm90": Tile(BV=64, warps=8, stages=1, programs=132),
+    "sm100": Tile(BV=64, warps=8, stages=1, programs=148),
+    "sm103": Tile(BV=64, warps=8, stages=1, programs=148),
+}
 SHORTEST = 4  # chunks of a segment
 WIDEST_MAP = 256  # bytes of a row
 
@@ -467,10 +473,14 @@ def _segment(tokens: int, sequences: int, programs: int, tile: Tile) -> int:
 def _pick_tile(spec: GdnSpec, device: Device) -> tuple[Tile, bool]:
     """Return the tile, its BV and warps cut to the heads, and whether the state is held V first."""
     K, V = spec.head_k_dim, spec.head_v_dim
-    tile = V_FIRST_TILES.get(device.arch)
-    if tile and spec.dtype.itemsize == 2 and min(K, V) >= 64 and K <= 128:
-        BV = min(tile.BV, V)
-        return tile._replace(BV=BV, warps=tile.warps * BV // tile.BV), True
+    if spec.dtype.itemsize == 2 and min(K, V) >= 64:
+        tile = V_FIRST_TILES.get(device.arch)
+        if tile and K <= 128:
+            BV = min(tile.BV, V)
+            return tile._replace(BV=BV, warps=tile.warps * BV // tile.BV), True
+        tile = WIDE_TILES.get(device.arch)
+        if tile and K > 128:
+            return tile, False
     tile = TILES[device.arch]
     BV = min(max(tile.BV * 256 // max(K * spec.dtype.itemsize, 256), 16), V)
     # wgmma reads past the end of shared memory where a tile is narrower than 64 (Triton 3.6, seen
@@ -509,7 +519,7 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
         out: Tensor | None = None,
     ) -> Tensor:
         refuse_gradients(v)
-        T, N = len(v), len(metadata.cu_seqlens) - 1
+        T, N = v.shape[0], metadata.cu_seqlens.shape[0] - 1
         if out is None:
             out = torch.empty((T, HV, V), dtype=v.dtype, device=v.device)
         if T == 0 and N == 0:

@@ -41,16 +41,27 @@ class Tile(NamedTuple):
     channels: int  # of conv1d_prefill; a front end's are those of a key head
     elements: int  # channels times tokens
     run: int  # consecutive tokens of a thread, each loaded 1 + (W - 1) / run times
-    options: Mapping[str, int]  # of the launch
+    warps: int
+    most_registers: int | None  # None where the compiler decides
 
     def runs(self, channels: int) -> int:
         """Return how many runs of that many channels a program owns."""
         return max(self.elements // (channels * self.run), 1)
 
+    def options(self, channels: int, *, keeps_checkpoints: bool) -> Mapping[str, int]:
+        """Return those of the launch.
+
+        Registers are not capped where that makes them spill: of 256 channels with checkpoints, what
+        Triton 3.6 then compiled for Hopper gave NaN.
+        """
+        if self.most_registers is None or keeps_checkpoints or channels > 128:
+            return {"num_warps": self.warps}
+        return {"num_warps": self.warps, "maxnreg": self.most_registers}
+
 
 PREFILL_TILES = {
-    "cuda": Tile(128, 8192, 8, {"num_warps": 4, "maxnreg": 128}),
-    "rocm": Tile(128, 8192, 8, {"num_warps": 4}),
+    "cuda": Tile(128, 8192, 8, 4, 128),
+    "rocm": Tile(128, 8192, 8, 4, None),
 }
 
 
@@ -226,6 +237,7 @@ def make_conv1d_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -
     C, RUN = tile.channels, tile.run
     RUNS = tile.runs(C)
     blocks = ceil_div(D, C)
+    options, keeping = (tile.options(C, keeps_checkpoints=keeps) for keeps in (False, True))
 
     def conv1d_prefill(
         x: Tensor,
@@ -249,7 +261,8 @@ def make_conv1d_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -
             metadata.state_indices.stride(0), *strides(metadata.out_state_indices, 1),
             *strides(metadata.has_initial_state, 1), *strides(metadata.checkpoint_offsets, 1),
             *strides(metadata.checkpoint_indices, 1), D, W, C, RUNS, RUN, PAD, SILU,
-            enable_fp_fusion=FP_FUSION, **tile.options,
+            enable_fp_fusion=FP_FUSION,
+            **(options if metadata.checkpoint_offsets is None else keeping),
         )  # fmt: skip
         return out
 
@@ -401,6 +414,7 @@ def make_front_end(spec: GdnSpec, device: Device, *, clears: bool = False) -> Fr
     tile = _tile_of(device)
     RUNS, RUN, HEADS = tile.runs(K), tile.run, power_of_two(HV)
     blocks = ceil_div(spec.conv_dim, K) + 1
+    options, keeping = (tile.options(K, keeps_checkpoints=keeps) for keeps in (False, True))
 
     def front_end(
         mixed_qkv: Tensor,
@@ -431,7 +445,7 @@ def make_front_end(spec: GdnSpec, device: Device, *, clears: bool = False) -> Fr
             metadata.state_indices.stride(0), *strides(metadata.out_state_indices, 1),
             *strides(metadata.has_initial_state, 1), *strides(offsets, 1), *strides(indices, 1),
             spec.q_scale, H, HV, K, V, W, RUNS, RUN, HEADS, PAD, SILU, spec.qk_l2norm,
-            clears, enable_fp_fusion=FP_FUSION, **tile.options,
+            clears, enable_fp_fusion=FP_FUSION, **(options if offsets is None else keeping),
         )  # fmt: skip
         return qk[0], qk[1], v, g, beta
 
