@@ -21,6 +21,7 @@ nitpick_ignore_regex = [("py:.*", r"(torch|typing|collections)\..*|Tensor|option
 myst_enable_extensions = ["colon_fence", "attrs_inline"]
 myst_heading_anchors = 3
 
+autoclass_content = "both"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True
