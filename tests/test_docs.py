@@ -4,7 +4,9 @@
 import importlib.util
 import re
 import shlex
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -55,8 +57,11 @@ SPEC = GdnSpec(
 @pytest.mark.parametrize(
     "block", [block for *_, block in BLOCKS], ids=[f"{page}-{n}" for page, n, _ in BLOCKS]
 )
-def test_a_code_block_runs(block: str) -> None:
-    exec(compile(block, "<docs>", "exec"), {"__name__": "docs"})
+def test_a_code_block_runs(block: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("printed")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where a compiler looks for globals
+
+    exec(compile(block, "<docs>", "exec"), module.__dict__)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
