@@ -91,7 +91,9 @@ def test_an_override_that_is_printed_is_taken(
     assert chosen[Op.DECODE_STEP] == "composed.decode_step"
 
 
-@pytest.mark.parametrize("page", {path for path, *_ in support.blocks()}, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", dict.fromkeys(path for path, *_ in support.blocks()), ids=lambda page: page.name
+)
 def test_the_tables_of_what_is_supported_are_those_that_the_backends_give(page: Path) -> None:
     # python -m ci.support --write writes them again
     assert page.read_text() == support.written(page)
