@@ -1,5 +1,6 @@
-# Sourced by ci/demo and ci/test: makes .venv with this package, the extra named in $1, and torch
-# for a CPU, all from nothing. PYTHON names another interpreter, VENV another folder.
+# Sourced by what runs in CI: makes .venv with this package, the extra named in $1, and torch for a
+# CPU, all from nothing. PYTHON names another interpreter, VENV another folder, CONSTRAINTS another
+# file of versions.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,7 +17,7 @@ find_python() {
 # the default index has torch for CUDA, some gigabytes: prefer a build for the CPU
 install_torch() {
   local version
-  version=$(sed -n 's/^torch==//p' ci/constraints.txt)
+  version=$(sed -n 's/^torch==//p' "$constraints")
   "$python" -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$version')" 2>/dev/null && return
   echo "installing torch $version for a CPU"
   "$python" -m pip install -q "torch==$version+cpu" 2>/dev/null ||
@@ -24,6 +25,7 @@ install_torch() {
     "$python" -m pip install -q "torch==$version"
 }
 
+constraints=${CONSTRAINTS:-ci/constraints.txt}
 venv=${VENV:-.venv}
 if [ ! -x "$venv/bin/python" ]; then
   base=$(find_python)
@@ -33,4 +35,4 @@ fi
 python=$venv/bin/python
 install_torch
 echo "installing gdn-portable[$1]"
-"$python" -m pip install -q -c ci/constraints.txt -e ".[$1]" 2> >(grep -v '^WARNING: Location' >&2)
+"$python" -m pip install -q -c "$constraints" -e ".[$1]" 2> >(grep -v '^WARNING: Location' >&2)

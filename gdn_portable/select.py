@@ -184,14 +184,14 @@ def _choose(
         if kernel is not None:
             chosen[op] = kernel
             continue
-        lines.append(f"no kernel can serve {op.value} on {device} for {spec}")
+        lines.append(f"no kernel can serve {op.value} on {device}")
         for refused in ladder:
             rejected[refused.name] = refused.reasons(spec, device, deterministic=deterministic)
             lines += [f"  {refused.name}:", *(f"    - {r}" for r in rejected[refused.name])]
         if not ladder:
             lines.append("  the backend declares none")
     if lines:
-        raise UnsupportedError("\n".join(lines), rejected)
+        raise UnsupportedError("\n".join([*lines, f"the layer is {spec}"]), rejected)
     return chosen
 
 

@@ -97,11 +97,11 @@ class GdnSpec:
     Attributes:
         num_k_heads: H, of this rank.
         num_v_heads: HV, of this rank; a multiple of H.
-        head_k_dim: K.
-        head_v_dim: V.
+        head_k_dim: K, of queries and keys.
+        head_v_dim: V, of values.
         dtype: of the activations.
         state_dtype: of the recurrent state.
-        conv_width: W.
+        conv_width: W, the taps of the convolution.
         conv_window: L, columns a slot of the conv state holds; None is W - 1. The slot-table
             protocol needs W - 1 + max_drafts - 1.
         conv_dtype: of the conv state; None is ``dtype``.
@@ -188,7 +188,7 @@ class GdnSpec:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What the maths is done in: float32, or float64 where the spec names it."""
+        """What the maths is done in, float32 unless the spec names float64."""
         doubles = torch.float64 in (self.dtype, self.state_dtype)
         return torch.float64 if doubles else torch.float32
 

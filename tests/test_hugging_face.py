@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +22,21 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
     torch_recurrent_gated_delta_rule,
 )
 
+
+def _with_repeated_heads(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """Give ``rule`` a key head for each value head: older versions leave that to the layer."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        ratio = v.shape[2] // q.shape[2]
+        q, k = (x.repeat_interleave(ratio, dim=2) for x in (q, k))
+        return rule(q, k, v, *args, **kwargs)
+
+    return run
+
+
 # without the wrapper that prefers an installed GPU library
-torch_chunk = inspect.unwrap(torch_chunk_gated_delta_rule)
-torch_recurrent = inspect.unwrap(torch_recurrent_gated_delta_rule)
+torch_chunk = _with_repeated_heads(inspect.unwrap(torch_chunk_gated_delta_rule))
+torch_recurrent = _with_repeated_heads(inspect.unwrap(torch_recurrent_gated_delta_rule))
 
 bind = partial(select.bind, check=False)
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
