@@ -36,7 +36,11 @@ BATCHES = (1, 8, 32, 128, 512)
 VERIFY_BATCHES = (8, 32, 128)
 MORE_VERIFY_BATCHES = (1, *VERIFY_BATCHES)
 TOKENS = (2048, 8192, 16384)
-CONV_LENGTHS = ((512,), (1024,) * 8, (100, 3000, 17, 5000, 1, 75))  # and those of TOKENS
+CONV_LENGTHS: tuple[tuple[int, ...], ...] = (
+    (512,),
+    (1024,) * 8,
+    (100, 3000, 17, 5000, 1, 75),
+)  # and those of TOKENS
 PACKED = ((2048,), (8192,), (32768,), (2048,) * 4, (4096,) * 8)
 PACKED_FEW_HEADS = ((8192,), (32768,), (1024,) * 8)
 PACKED_UNEVENLY = (24576, 8192)
