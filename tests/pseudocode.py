@@ -109,6 +109,32 @@ class Part:
         self.whole[self.key] = _written(value, name)[0]
 
 
+class Cell:
+    """Bytes of a memory, from one on."""
+
+    def __init__(self, memory: bytearray, start: int) -> None:
+        self.__dict__.update(memory=memory, start=start)
+
+    def __getattr__(self, name: str) -> Any:
+        start: int = self.__dict__["start"]
+        return _read(int.from_bytes(self.memory[start : start + 8], "little"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        bits, width = _written(value, name)
+        size = width // 8
+        kept = (bits & (1 << width) - 1).to_bytes(size, "little")
+        self.memory[self.start : self.start + size] = kept
+
+
+class Cells(bytearray):
+    """A memory."""
+
+    def __getitem__(self, start: Any) -> Any:
+        return (
+            Cell(self, int(start)) if not isinstance(start, slice) else super().__getitem__(start)
+        )
+
+
 def _part(value: int, key: Any) -> Int:
     """Return one bit or several; they are reversed where the lower end comes first."""
     if not isinstance(key, slice):
@@ -247,11 +273,22 @@ FUNCTIONS = {
 
 
 @cache
+def pseudocodes() -> dict[str, str]:
+    """Return AMD's pseudocode by opcode, without what says how an opcode is encoded."""
+    from tinygrad.runtime.autogen.amd.cdna.str_pcode import PCODE
+
+    return {
+        re.sub(r"_e(32|64)$", "", opcode.name.lower()): re.sub(r"//.*", "", text)
+        for opcode, text in PCODE.items()
+    }
+
+
+@cache
 def _compiled(text: str) -> CodeType:
     """Translate, and compile."""
     lines, depth = [], 0
     for raw in text.splitlines():
-        line = re.sub(r"//.*", "", raw).strip().rstrip(";")
+        line = raw.strip().rstrip(";")
         if line.startswith("end"):
             depth -= 2 if line.endswith(")") else 1
             continue

@@ -13,16 +13,15 @@ import numpy as np
 import pytest
 
 pytest.importorskip("triton")
-PCODE = pytest.importorskip("tinygrad.runtime.autogen.amd.cdna.str_pcode").PCODE
+pytest.importorskip("tinygrad.runtime.autogen.amd.cdna.str_pcode")
 
-from ci.amdgcn import packed, program, scalar, vector  # noqa: E402
-from ci.amdgcn.arithmetic import COMPARISONS  # noqa: E402
-from ci.amdgcn.assembly import EXEC, VCC  # noqa: E402
-from ci.amdgcn.lanes import LANE_INSTRUCTIONS  # noqa: E402
-from ci.amdgcn.lds import Lds  # noqa: E402
-from ci.amdgcn.memory import GlobalMemory  # noqa: E402
-from ci.amdgcn.waves import LANES, SCALARS, Array, Waves  # noqa: E402
-from tests.pseudocode import Int, Register, run  # noqa: E402
+from ci.amdgcn import packed, scalar, vector
+from ci.amdgcn.arithmetic import COMPARISONS
+from ci.amdgcn.assembly import EXEC, VCC
+from ci.amdgcn.lanes import LANE_INSTRUCTIONS
+from ci.amdgcn.waves import LANES, Array, Waves
+from tests.machine import execute, place, waves_of
+from tests.pseudocode import Int, Register, pseudocodes, run
 
 INTEGERS = [0, 1, 2, 31, 32, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x12345678, 0xFFFF, 0x8000]
 FLOATS = [0.0, -0.0, 1.0, -1.5, 3e38, -1e-40, 1e-30, math.inf, -math.inf, 0.1, 1e9, math.nan]
@@ -56,16 +55,8 @@ def implemented() -> set[str]:
     return names
 
 
-def pseudocodes() -> dict[str, str]:
-    """Return AMD's pseudocode by name, without what says how an opcode is encoded."""
-    found = {
-        re.sub(r"_e(32|64)$", "", op.name.lower()): re.sub(r"//.*", "", text)
-        for op, text in PCODE.items()
-    }
-    return found | {name: found[other] for name, other in ALSO_CALLED.items()}
-
-
 TEXTS = pseudocodes()
+TEXTS |= {name: TEXTS[other] for name, other in ALSO_CALLED.items()}
 COMPARED = sorted(implemented() & TEXTS.keys() - NOT_COMPARED.keys())
 ACROSS_LANES = [name for name in COMPARED if name in LANE_INSTRUCTIONS]
 SCALAR = [name for name in COMPARED if name.startswith("s_")]
@@ -118,28 +109,6 @@ def result_bits(name: str) -> int:
     return max([*map(int, bits), *(int(end) + 1 for end in ends), 32 * ("D0 = " in text)])
 
 
-def machine(waves: int) -> Waves:
-    """Return waves with anything in their registers, and all lanes enabled."""
-    random, ids = np.random.default_rng(1), np.arange(waves)
-    vectors = random.integers(0, 1 << 32, (16, waves, LANES), np.uint32)
-    scalars = random.integers(0, 1 << 32, (waves, SCALARS), np.uint32)
-    scalars[:, EXEC : EXEC + 2] = 0xFFFFFFFF
-    lds = Lds(1, 0, 4, detects_races=False)
-    return Waves(ids, ids, ids, vectors, scalars, ids % 2 == 0, GlobalMemory([]), lds)
-
-
-def execute(line: str, waves: Waves) -> None:
-    text = f"\t.type k,@function\nk:\n\t{line}\n\ts_endpgm\n"
-    with np.errstate(all="ignore"):
-        for step in program.load(text).blocks[0].execute:
-            step(waves)
-
-
-def place(letter: str, first: int, bits: int) -> str:
-    """Return one register, or two."""
-    return f"{letter}[{first}:{first + 1}]" if bits == 64 else f"{letter}{first}"
-
-
 def pairs(waves: Waves, register: int) -> list[int]:
     """Return two scalar registers of every wave as one number."""
     numbers: list[int] = waves.scalars[np.uint64][register // 2].tolist()
@@ -152,7 +121,7 @@ def test_a_scalar_opcode_computes_what_its_pseudocode_says(name: str) -> None:
     mask = (1 << bits) - 1
     has_constant = re.match(r"s_(mov|add|mul|cmov|cmp)k_", name)
     for constant in CONSTANTS if has_constant else (0,):
-        waves, random = machine(64), np.random.default_rng(0)
+        waves, random = waves_of(64), np.random.default_rng(0)
         drawn = [operand.draw(random, (64,), nan=False) for operand in takes]
         written = [place("s", 12 + 2 * i, operand.bits) for i, operand in enumerate(takes)]
         for i, numbers in enumerate(drawn):
@@ -236,7 +205,7 @@ def is_same(name: str, got: int, expected: int, bits: int) -> bool:
 @pytest.mark.parametrize("name", VECTOR)
 def test_a_vector_opcode_computes_what_its_pseudocode_says(name: str) -> None:
     takes, bits = operands_of(name), result_bits(name)
-    waves, random = machine(4), np.random.default_rng(0)
+    waves, random = waves_of(4), np.random.default_rng(0)
     # two NaNs side by side could not be told from numbers
     has_nan = "_pk_" not in name
     drawn = [operand.draw(random, (4, LANES), nan=has_nan) for operand in takes]
@@ -265,7 +234,7 @@ def test_a_vector_opcode_computes_what_its_pseudocode_says(name: str) -> None:
 
 @pytest.mark.parametrize("name", ACROSS_LANES)
 def test_an_opcode_across_lanes_does_what_its_pseudocode_says(name: str) -> None:
-    waves, random = machine(16), np.random.default_rng(0)
+    waves, random = waves_of(16), np.random.default_rng(0)
     waves.scalars[np.uint64][EXEC // 2][1:] = random.integers(0, 1 << 64, 15, np.uint64)
     waves.scalar_changed(EXEC)
     target, source = ("s10", "v2") if "read" in name else ("v0", "s12" if "write" in name else "v2")
