@@ -89,46 +89,6 @@ def test_sums_maxima_and_running_sums_agree_with_torch(gpu: Simulator, num_warps
 
 
 @triton.jit
-def _product(
-    a, b, out, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr
-):
-    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
-    if TRANSPOSED:
-        left = tl.trans(tl.load(a + k[:, None] * M + m[None, :]))
-    else:
-        left = tl.load(a + m[:, None] * K + k[None, :])
-    right = tl.load(b + k[:, None] * N + n[None, :])
-    product = tl.dot(left, right, input_precision="ieee")
-    tl.store(out + m[:, None] * N + n[None, :], product)
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize(
-    ("shape", "transposed", "num_warps"),
-    [
-        ((16, 16, 16), False, 1),
-        ((32, 32, 32), True, 1),
-        ((64, 64, 128), False, 4),
-        ((32, 64, 64), True, 2),
-    ],
-    ids=str,
-)
-def test_products_of_matrices_agree_with_torch(
-    gpu: Simulator,
-    dtype: torch.dtype,
-    shape: tuple[int, int, int],
-    transposed: bool,
-    num_warps: int,
-) -> None:
-    M, N, K = shape
-    a, b, out = random(M, K, dtype=dtype), random(K, N, dtype=dtype), torch.empty(M, N)
-    stored = a.t().contiguous() if transposed else a
-    _product[(1,)](stored, b, out, M, N, K, transposed, num_warps=num_warps)
-    assert_close(out, a.double() @ b.double())
-    assert gpu.launches[-1].counts.mfma_flops == 2 * M * N * K
-
-
-@triton.jit
 def _functions(x, out, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     value = tl.load(x + i)

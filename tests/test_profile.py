@@ -10,14 +10,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from ci.amdgcn.profile import Profile, profile
+from ci.amdgcn.profile import CASES, Profile, profile
 from gdn_portable.bench.cases import LAYER, Case
 from gdn_portable.bench.floors import work_of
 
 ARCHS = ["gfx942", "gfx950"]
 DECODE = Case(op="decode_step", spec=LAYER, lengths=(1,) * 64)
-PREFILL = Case(op="chunk_prefill", spec=LAYER.shard(4), lengths=(256, 256))
-# python -m ci.amdgcn.profile counts as much for fla-core 0.6.0 in this case
+PREFILL = next(case for case in CASES if case.op == "chunk_prefill" and sum(case.lengths) == 512)
+# of fla-core 0.6.0: python -m ci.amdgcn.profile --case 'chunk_prefill*2x256*'
 FLA_UNIQUE_BYTES = 18_285_064
 
 

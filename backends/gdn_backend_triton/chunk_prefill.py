@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -38,21 +39,27 @@ DROPPED = tl.constexpr(-32.0)
 
 
 class Tile(NamedTuple):
-    """How the scan is cut; ``programs`` is how many fill the device."""
+    """How the scan is cut."""
 
     BV: int
     warps: int
     stages: int
-    programs: int
+    programs: int  # that fill the device
+    options: Mapping[str, int] = {}  # that one vendor's compiler knows
 
 
+# in a tile of 32 columns MFMAs of 32 x 32 are too few for four waves: two and two do the same, for
+# 1.7 times the FLOPs, and on gfx942 two programs of a unit would not find registers
+NARROW_MFMA = {"matrix_instr_nonkdim": 16}
+# of a scan of 16-bit heads up to K = 128, which needs no more registers than that leaves
+TWO_PROGRAMS = {"waves_per_eu": 2}
 TILES = {
     "sm90": Tile(BV=64, warps=4, stages=1, programs=264),
     "sm100": Tile(BV=64, warps=4, stages=1, programs=296),
     "sm103": Tile(BV=64, warps=4, stages=1, programs=296),
     "sm120": Tile(BV=32, warps=4, stages=1, programs=340),
-    "gfx942": Tile(BV=32, warps=4, stages=1, programs=608),
-    "gfx950": Tile(BV=32, warps=4, stages=1, programs=512),
+    "gfx942": Tile(BV=32, warps=4, stages=1, programs=608, options=NARROW_MFMA),
+    "gfx950": Tile(BV=32, warps=4, stages=1, programs=512, options=NARROW_MFMA),
 }
 # of a state held as [BV, K]: what one product leaves in registers is an operand of the next there,
 # and only there: elsewhere registers spill (an H200 takes 3.3 us per chunk, 5.1 as [K, BV])
@@ -497,9 +504,11 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
     tile, V_FIRST = _pick_tile(spec, device)
     BV, BK = tile.BV, min(tile.BV, K)
     OVERLAPS = can_overlap(device)
-    plain = {"num_stages": 1, "enable_fp_fusion": FP_FUSION}
+    plain = {"num_stages": 1, "enable_fp_fusion": FP_FUSION, **tile.options}
     early = {"launch_pdl": True} if OVERLAPS else {}
     launch_scan = {**plain, **early, "num_warps": tile.warps, "num_stages": tile.stages}
+    if device.kind == "rocm" and LOW and K <= 128:
+        launch_scan |= TWO_PROGRAMS
     # beside what a checkpoint passes through there is room for two stages
     launch_keeping = {**launch_scan, "num_stages": min(tile.stages, 2)}
     PRECISION = "ieee" if device.kind == "rocm" or LOW else "tf32x3"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import torch
 from gdn_backend_triton import installed_triton, is_before
 
 from ci.aiter.checkout import open_checkout
+from ci.aiter.hip import compiler, use_hip
 from ci.amdgcn import simulated
 from gdn_portable import ConvLayout, Device, GdnSpec, Op, StateLayout, UnsupportedCallError, bind
 from gdn_portable.testing import Case, cases
@@ -100,11 +100,9 @@ def _runnable(checkout: Path, arch: str) -> Iterator[Adapter]:
 
         use_flydsl(arch)
         yield FLYDSL
-    if shutil.which("clang++") is None:
+    if compiler() is None:
         print("HIP kernels: passed over, need clang++ 22")
     else:
-        from ci.aiter.hip import use_hip
-
         use_hip(checkout, arch)
         yield from (HIP_DECODE, HIP_CONV)
 

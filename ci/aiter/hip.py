@@ -27,6 +27,11 @@ INSTANCE = (
 )
 
 
+def compiler() -> str | None:
+    """Return the compiler, under Debian's name or its own."""
+    return shutil.which("clang++-22") or shutil.which("clang++")
+
+
 def use_hip(checkout: Path, arch: str) -> None:
     """Make both HIP kernels run on the simulator."""
     kernels = checkout / "csrc" / "kernels"
@@ -47,13 +52,13 @@ def _part(path: Path, start: str, end: str) -> str:
 
 @functools.cache
 def _assembly(source: str, arch: str) -> str:
-    compiler = shutil.which("clang++")
-    assert compiler is not None
+    clang = compiler()
+    assert clang is not None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.hip")
         file.write_text(PRELUDE.read_text() + source)
         command = [
-            compiler, "-x", "hip", "-S", "-O3", "-w", "-std=c++17", "--offload-device-only",
+            clang, "-x", "hip", "-S", "-O3", "-w", "-std=c++17", "--offload-device-only",
             f"--offload-arch={arch}", "-nogpuinc", "-nogpulib", "-nostdinc", "-Xclang",
             "-mlink-builtin-bitcode", "-Xclang", str(OCML), str(file), "-o", f"{folder}/kernel.s",
         ]  # fmt: skip

@@ -89,9 +89,11 @@ def extract_bits(x: Array, offset: Array, width: Array) -> Array:
 
 
 def extract_signed_bits(x: Array, offset: Array, width: Array) -> Array:
-    """Return ``width`` bits of uint32, from ``offset`` on, their highest one as the sign."""
-    sign = (u32(1) << (width & u32(31))) >> u32(1)
-    return (extract_bits(x, offset, width) ^ sign) - sign
+    """Return ``width`` bits of int32 as uint32, from ``offset`` on, their highest as the sign."""
+    mask = (u32(1) << (width & u32(31))) - u32(1)
+    sign = (mask + u32(1)) >> u32(1)
+    bits = (np.asarray(x, u32).view(i32) >> (offset & u32(31)).view(i32)).view(u32) & mask
+    return (bits ^ sign) - sign
 
 
 def _permute_bytes(high: Array, low: Array, selector: Array) -> Array:

@@ -7,7 +7,6 @@ follow each other along K. What a lane holds of C and D is ``_tiles``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,45 +17,63 @@ from ci.amdgcn.float_formats import from_bfloat16, to_xf32
 from ci.amdgcn.operands import Execute, constant
 from ci.amdgcn.waves import LANES, Array, Dtype, Waves
 
-f16, f32, f64, i8, i32, u16, u32 = (
-    np.float16, np.float32, np.float64, np.int8, np.int32, np.uint16, np.uint32,
-)  # fmt: skip
+f32, i32 = np.float32, np.int32
 
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """How a matrix lies in registers, and what it is multiplied as."""
+    """How a number lies in registers, and what makes a float of it where numpy does not."""
 
     stored: Dtype
-    multiplied: Dtype
     convert: Callable[[Array], Array] | None = None
 
 
-# products of 16-bit floats are exact in float32; sums are rounded once, at the end, in hardware
-# after every few terms
 ELEMENTS = {
-    "f32": Element(f32, f64),
-    "xf32": Element(f32, f64, to_xf32),
-    "f16": Element(f16, f64),
-    "bf16": Element(u16, f64, from_bfloat16),
-    "i8": Element(i8, f64),
+    "f32": Element(f32),
+    "xf32": Element(f32, to_xf32),
+    "f16": Element(np.float16),
+    "bf16": Element(np.uint16, from_bfloat16),
+    "i8": Element(np.int8),
 }
-_NAME = re.compile(r"v_mfma_(f32|i32)_(16x16|32x32)x(\d+)_?(xf32|f32|f16|bf16|i8)(?:_1k)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What an instruction multiplies: [rows, depth] by [depth, rows]."""
+
+    rows: int
+    depth: int
+    element: Element
+    result: Dtype
+
+
+# rows and depths; Triton's products show that each is laid out as here (tests/test_amdgcn_matrix)
+DEPTHS = {
+    ("f32", "f32"): ((16, 4), (32, 2)),
+    ("f32", "xf32"): ((16, 8), (32, 4)),
+    ("f32", "f16"): ((16, 16), (16, 32), (32, 8), (32, 16)),
+    ("f32", "bf16"): ((16, 16), (16, 32), (32, 8), (32, 16)),
+    ("i32", "i8"): ((16, 32), (16, 64), (32, 16), (32, 32)),
+}
+INSTRUCTIONS = {
+    f"v_mfma_{result}_{rows}x{rows}x{depth}_{element}": Shape(
+        rows, depth, ELEMENTS[element], f32 if result == "f32" else i32
+    )
+    for (result, element), shapes in DEPTHS.items()
+    for rows, depth in shapes
+}
 
 
 def decode_matrix(instruction: Instruction) -> Execute:
     """Return what executes a ``v_mfma_`` instruction; EXEC does not matter to it."""
-    found = _NAME.fullmatch(instruction.name)
-    if found is None or instruction.modifiers:
+    shape = INSTRUCTIONS.get(instruction.name)
+    if shape is None or instruction.modifiers:
         raise instruction.unknown()
-    rows = int(found[2][:2])
-    depth = int(found[3])
-    element = ELEMENTS[found[4]]
-    result: Dtype = f32 if found[1] == "f32" else i32
+    rows, element, result = shape.rows, shape.element, shape.result
     target, a, b, c = instruction.operands
     count = rows * rows // LANES
-    sources = {a.count * 4, b.count * 4}
-    if target.count != count or sources != {depth * rows // LANES * element.stored().itemsize}:
+    size = shape.depth * rows // LANES * element.stored().itemsize
+    if (target.count, 4 * a.count, 4 * b.count) != (count, size, size):
         raise instruction.unknown("number of registers")
     initial = None if c.kind == "vector" else constant(c, result)
 
@@ -74,8 +91,8 @@ def decode_matrix(instruction: Instruction) -> Execute:
 
 def flops(name: str) -> int:
     """Return what an instruction computes for one wave, 0 where it is no matrix instruction."""
-    found = _NAME.fullmatch(name)
-    return 2 * int(found[2][:2]) ** 2 * int(found[3]) if found else 0
+    shape = INSTRUCTIONS.get(name)
+    return 2 * shape.rows**2 * shape.depth if shape else 0
 
 
 def _matrix(waves: Waves, operand: Operand, rows: int, element: Element) -> Array:
@@ -85,7 +102,9 @@ def _matrix(waves: Waves, operand: Operand, rows: int, element: Element) -> Arra
     if element.convert is not None:
         values = element.convert(values)
     # the order along K is that of both matrices, so any will do
-    ordered = values.transpose(1, 3, 2, 0, 4).astype(element.multiplied)
+    # products of 16-bit floats are exact in float32; sums are rounded once, at the end, in hardware
+    # after every few terms
+    ordered = values.transpose(1, 3, 2, 0, 4).astype(np.float64)
     return ordered.reshape(len(waves), rows, -1)
 
 

@@ -48,6 +48,8 @@ CASES = (
     ),
     Case(op="chunk_prefill", spec=LAYER, lengths=(2048,)),
     Case(op="chunk_prefill", spec=LAYER, lengths=(512,) * 4),
+    # small enough for a test to repeat
+    Case(op="chunk_prefill", spec=LAYER.shard(4), lengths=(256,) * 2),
     Case(op="prefill_step", spec=LAYER, lengths=(2048,)),
 )
 

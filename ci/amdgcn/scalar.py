@@ -37,11 +37,13 @@ def _shift_64(b: Array) -> Array:
 def _bit_field(x: Array, field: Array) -> tuple[Array, Array]:
     """Return bits of ``x``, and the highest of them in place; the width may be that of ``x``."""
     bits = 8 * np.dtype(x.dtype).itemsize
-    offset = np.asarray(field & u32(bits - 1), u64)
+    wide: Dtype = i64 if np.dtype(x.dtype).kind == "i" else u64
+    offset = np.asarray(field & u32(bits - 1), wide)
     width = np.minimum((np.asarray(field, u32) >> u32(16)) & u32(127), u32(bits)).astype(u64)
     everything = np.where(width == 64, u64(2**64 - 1), (u64(1) << (width & u64(63))) - u64(1))
     top = np.where(width == 0, u64(0), u64(1) << (np.maximum(width, 1) - u64(1)))
-    return (np.asarray(x, u64) >> offset) & everything, top
+    shifted: Array = np.right_shift(np.asarray(x, wide), offset).view(u64)
+    return shifted & everything, top
 
 
 def _unsigned_field(x: Array, field: Array) -> Array:
@@ -121,7 +123,6 @@ TESTED: dict[Signature, dict[str, Compute]] = {
         "s_lshl_b32": lambda a, b: a << (b & u32(31)),
         "s_lshr_b32": lambda a, b: a >> (b & u32(31)),
         "s_bfe_u32": _unsigned_field,
-        "s_bfe_i32": _signed_field,
     },
     Signature(i32, (i32, i32)): {"s_ashr_i32": lambda a, b: a >> (b & i32(31))},
     Signature(i32, (i32,)): {"s_abs_i32": np.abs},
@@ -131,9 +132,12 @@ TESTED: dict[Signature, dict[str, Compute]] = {
         "s_lshl_b64": lambda a, b: a << _shift_64(b),
         "s_lshr_b64": lambda a, b: a >> _shift_64(b),
         "s_bfe_u64": _unsigned_field,
+    },
+    Signature(i32, (i32, u32)): {"s_bfe_i32": _signed_field},
+    Signature(i64, (i64, u32)): {
+        "s_ashr_i64": lambda a, b: a >> np.asarray(b & u32(63), i64),
         "s_bfe_i64": _signed_field,
     },
-    Signature(i64, (i64, u32)): {"s_ashr_i64": lambda a, b: a >> np.asarray(b & u32(63), i64)},
     Signature(u32, (u64,)): {"s_bcnt1_i32_b64": _count_bits},
 }
 

@@ -165,16 +165,22 @@ def _with_carry(compute: Compute) -> Callable[[Instruction], Execute]:
 
 
 def _multiply_add_wide(dtype: Dtype, narrow: Dtype) -> Callable[[Instruction], Execute]:
+    """Return the decoder of a sum of 65 bits, the highest of which is its carry, or its sign."""
+    is_signed = np.dtype(dtype).kind == "i"
+
     def decode(instruction: Instruction) -> Execute:
         target, carry_out, *rest = instruction.operands
         a, b, c = sources(instruction, tuple(rest), (narrow, narrow, dtype), None)
         assign = destination(instruction, target.register, dtype)
 
         def execute(waves: Waves) -> None:
-            addend = c(waves)
-            result = np.multiply(a(waves), b(waves), dtype=dtype) + addend
+            addend, product = c(waves), np.multiply(a(waves), b(waves), dtype=dtype)
+            result = product + addend
+            highest = result < addend
+            if is_signed:  # where both terms have another sign than the sum, theirs is right
+                highest = (result ^ ((product ^ result) & (addend ^ result))) < 0
             assign(waves, result)
-            waves.write_mask(carry_out.register, result < addend)
+            waves.write_mask(carry_out.register, highest)
 
         return execute
 
