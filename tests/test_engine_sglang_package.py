@@ -23,7 +23,8 @@ FILES = [path for path in sorted(FOLDER.glob("*.py")) if "def test_" in path.rea
 def test_the_shim_serves_sglangs_own_code() -> None:
     if not (SGLANG / "sglang").exists():
         pytest.skip(f"sglang is not in {SGLANG}: ci/sglang installs it for Python 3.11 to 3.13")
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:xdist", *FILES]
+    plugins = ("-p", "no:xdist", "-p", "tests.engine_sglang.package")
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", *plugins, *FILES]
 
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 

@@ -507,7 +507,7 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
     plain = {"num_stages": 1, "enable_fp_fusion": FP_FUSION, **tile.options}
     early = {"launch_pdl": True} if OVERLAPS else {}
     launch_scan = {**plain, **early, "num_warps": tile.warps, "num_stages": tile.stages}
-    if device.kind == "rocm" and LOW and K <= 128:
+    if device.kind == "rocm" and LOW and K <= 128 and not V_FIRST:
         launch_scan |= TWO_PROGRAMS
     # beside what a checkpoint passes through there is room for two stages
     launch_keeping = {**launch_scan, "num_stages": min(tile.stages, 2)}

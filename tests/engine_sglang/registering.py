@@ -20,8 +20,8 @@ from gdn_portable import GdnOps, PrefillMetadata, UnsupportedError, bind
 from gdn_portable.engines import sglang
 from gdn_portable.engines.sglang.backend import Backend, Dispatcher
 from gdn_portable.engines.sglang.steps import StepBackend
-from tests.engine_sglang.conftest import register
 from tests.engine_sglang.layer import make_layer, run, run_eagerly
+from tests.engine_sglang.package import register
 
 NAMES = ("GDNAttnBackend", "GDNKernelDispatcher", "causal_conv1d_fn", "causal_conv1d_update")
 SGLANGS = Backend.__mro__[1]

@@ -15,8 +15,8 @@ from sglang.test.kits.attention_unittest.attention_methods import gdn_attention
 from sglang.test.kits.attention_unittest.runner_modes import speculative_target_verify_runner
 
 from tests.cases import bits
-from tests.engine_sglang.conftest import register
 from tests.engine_sglang.layer import DEVICE, make_layer, pools, prepare_graph, run, run_eagerly
+from tests.engine_sglang.package import register
 from tests.sglang_calls import simulated
 
 if TYPE_CHECKING:
