@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the sglang package importable without what it needs to serve; registers the shim.
 
-A plugin of pytest, to be named: ``pytest -p tests.engine_sglang.package tests/engine_sglang/kit.py``.
-As a conftest.py it would change what other tests import wherever all of them are collected.
+A plugin of pytest that has to be named, ``pytest -p tests.engine_sglang.package``: as a conftest.py
+it would change what other tests import wherever all of them are collected.
+
 ``SGLANG_PATH`` is where ``pip install --no-deps --target`` put it, by default ``sglang`` beside the
 interpreter's own packages. What is imported from ``STUBS``, if it is not there, is a stand-in: none
 of it has to do with attention.
