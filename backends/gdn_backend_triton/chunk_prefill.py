@@ -64,7 +64,8 @@ TILES = {
 # of a state held as [BV, K]: what one product leaves in registers is an operand of the next there,
 # and only there: elsewhere registers spill (an H200 takes 3.3 us per chunk, 5.1 as [K, BV])
 V_FIRST_TILES = {"sm90": Tile(BV=128, warps=8, stages=3, programs=132)}
-# of wide rows of 16-bit numbers: a tile of 64 columns takes wgmma, and eight warps hold its state
+# of wide rows of 16-bit numbers: a tile of 64 columns takes wgmma, and eight warps hold its state;
+# chosen by what spills, 280 bytes a thread where 32 columns and two warps spill 1600, not by time
 WIDE_TILES = {
     "sm90": Tile(BV=64, warps=8, stages=1, programs=132),
     "sm100": Tile(BV=64, warps=8, stages=1, programs=148),
