@@ -64,16 +64,18 @@ class Layer(NamedTuple):
     head_v_dim: int
     dtype: str
     state_dtype: str
+    qk_l2norm: bool
 
     @classmethod
     def of(cls, spec: GdnSpec) -> Layer:
         """Return the layer of a spec."""
         dtype, state_dtype = (str(x).removeprefix("torch.") for x in (spec.dtype, spec.state_dtype))
         heads = (spec.num_k_heads, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim)
-        return cls(*heads, dtype, state_dtype)
+        return cls(*heads, dtype, state_dtype, spec.qk_l2norm)
 
     def __str__(self) -> str:
-        return f"H={self.num_k_heads} HV={self.num_v_heads} {self.dtype}"
+        norms = "" if self.qk_l2norm else " without norms"
+        return f"H={self.num_k_heads} HV={self.num_v_heads} {self.dtype}{norms}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,8 +170,9 @@ def find(
     """Return the times to choose by among ``kernels``, of which at least two have to be timed.
 
     They are of the same architecture and head dims. Of several, those of this very GPU go first,
-    then those with the nearest number of value heads and of key heads, then of the same dtypes,
-    then of the same versions, then the user's own.
+    then those that apply norms or do not as ``spec`` has it, then those with the nearest number of
+    value heads and of key heads, then of the same dtypes, then of the same versions, then the
+    user's own.
 
     Raises:
         TunedFileError: a file cannot be used.
@@ -185,9 +188,10 @@ def find(
                 continue
             rank = (
                 tuned.device.name != device.name,
+                layer.qk_l2norm != wanted.qk_l2norm,
                 abs(math.log2(layer.num_v_heads / wanted.num_v_heads)),
                 abs(math.log2(layer.num_k_heads / wanted.num_k_heads)),
-                layer[4:] != wanted[4:],
+                layer[4:6] != wanted[4:6],
                 tuned.versions != here,
                 is_shipped,
                 tuned.path.name,
@@ -299,8 +303,10 @@ def _layer(value: object) -> Layer:
     layer = Layer(**fields)  # type: ignore[arg-type]
     if not all(isinstance(count, int) and count > 0 for count in layer[:4]):
         raise ValueError(f"layer is {fields}, needs positive numbers of heads and dims")
-    if not all(isinstance(getattr(torch, str(d), None), torch.dtype) for d in layer[4:]):
+    if not all(isinstance(getattr(torch, str(d), None), torch.dtype) for d in layer[4:6]):
         raise ValueError(f"layer is {fields}, needs the names of torch dtypes")
+    if not isinstance(layer.qk_l2norm, bool):
+        raise ValueError(f"layer is {fields}, needs true or false for qk_l2norm")
     return layer
 
 

@@ -127,13 +127,16 @@ def test_a_replay_stands_beside_a_snapshot_and_its_commit_and_is_not_compared() 
     assert [row.error for row in rows] == [row.difference for row in rows] == [None, None]
 
 
-def test_flashinfer_is_given_unit_keys_linear_decay_and_the_pool(calls: bench_peers.Calls) -> None:
-    _rows(Case(op="chunk_prefill", spec=CHUNK, lengths=(5, 2)))
+@pytest.mark.parametrize("norms", [False, True])
+def test_flashinfer_is_given_unit_keys_linear_decay_and_the_pool(
+    calls: bench_peers.Calls, norms: bool
+) -> None:
+    _rows(Case(op="chunk_prefill", spec=replace(CHUNK, qk_l2norm=norms), lengths=(5, 2)))
 
     asked = [given for name, given in calls if name == "flashinfer.chunk_gated_delta_rule"]
     assert {given["use_cp"] for given in asked} == {"auto", True, False}
     given = asked[0]
-    assert given["use_qk_l2norm_in_kernel"] is False
+    assert given["use_qk_l2norm_in_kernel"] is norms
     assert given["k"].float().norm(dim=-1).sub(1).abs().max() < 0.01
     assert given["initial_state"].shape == (3, 2, 128, 128)
     assert given["state_indices"].tolist() in ([1, 2], [2, 1])

@@ -108,7 +108,7 @@ def test_the_picture_of_times_shows_what_the_tables_say() -> None:
 def test_a_command_that_is_printed_exists_with_its_options(page: str, line: str) -> None:
     name, *arguments = shlex.split(line, comments=True)[3:]
     command = typer.main.get_group(app).commands[name]
-    known = {option for parameter in command.params for option in parameter.opts}
+    known = {o for each in command.params for o in (*each.opts, *each.secondary_opts)}
 
     assert {word for word in arguments if word.startswith("--")} <= known
 

@@ -270,6 +270,15 @@ def test_the_file_goes_where_it_is_told_with_every_tp_size(
     assert [layer[:2] for layer in layers] == [(1, 2), (2, 4)]
 
 
+def test_layers_with_norms_and_without_lie_in_one_file(
+    tune_it: Callable[..., Any], kept: Path
+) -> None:
+    tune_it()
+    tune_it("--no-norms")
+
+    assert [layer.qk_l2norm for layer in read(kept).layers] == [False, True]
+
+
 def test_neither_choices_nor_compositions_are_timed(work: Work) -> None:
     step = work.kernel(Op.PREFILL_STEP, "a", packed=1.0, alone=1.0)
     with pytest.MonkeyPatch.context() as patch:

@@ -89,9 +89,10 @@ MORE = {"num_k_heads": 4, "num_v_heads": 8}
         ({"device": H200, "spec": _other(num_k_heads=4)}, 1),
         ({"device": H200, "spec": _other(**MORE)}, 1),
         ({"device": H200, "spec": _other(num_v_heads=16)}, 1),
+        ({"device": H200, "spec": _other(qk_l2norm=False)}, 1),
         ({"device": H100}, 1),
     ],
-    ids=["same", "versions", "dtype", "key heads", "heads", "value heads", "another GPU"],
+    ids=["same", "versions", "dtype", "key heads", "heads", "value heads", "norms", "another GPU"],
 )
 def test_times_that_are_nearer_go_first(
     tmp_path: Path, kept: dict[str, Any], wanted: float
@@ -103,6 +104,7 @@ def test_times_that_are_nearer_go_first(
         {"device": H200, "spec": _other(num_k_heads=4)},
         {"device": H200, "spec": _other(**MORE)},
         {"device": H200, "spec": _other(num_v_heads=16)},
+        {"device": H200, "spec": _other(qk_l2norm=False)},
         {"device": H100},
     ]
     for place, farther in enumerate(ladder[ladder.index(kept) + 1 :]):
@@ -201,6 +203,10 @@ def _spoiled(spoil: Callable[[Any], object]) -> Callable[[Path], None]:
         (
             _spoiled(lambda d: d["layers"][0]["layer"].update(dtype="float17")),
             "needs the names of torch dtypes",
+        ),
+        (
+            _spoiled(lambda d: d["layers"][0]["layer"].update(qk_l2norm="yes")),
+            "needs true or false for qk_l2norm",
         ),
         (
             _spoiled(lambda d: d["layers"][0]["chunk_prefill"].update({"8 x 4": {}})),

@@ -126,7 +126,6 @@ class Case:
         parts = [self.layer, SHORT.get(self.spec.state_dtype, str(self.spec.state_dtype))]
         parts += [self.protocol.value] if self.protocol else []
         parts += [self.gates.value]
-        # peers apply none either way
         parts += ["norms"] if self.op == "chunk_prefill" and self.spec.qk_l2norm else []
         return "/".join(parts)
 
@@ -218,7 +217,7 @@ def _verifies(
 
 
 def _chunks(spec: GdnSpec, packed: Sequence[tuple[int, ...]], *, norms: bool = False) -> list[Case]:
-    """Return the cases; unit vectors are given, as most peers need them, whoever applies norms."""
+    """Return the cases; unit vectors are given, whether norms are applied to them or not."""
     spec = replace(spec, qk_l2norm=norms)
     return [
         Case(op="chunk_prefill", spec=spec, lengths=lengths, gates=gates)

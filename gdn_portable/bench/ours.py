@@ -32,7 +32,7 @@ INCLUDES = {
     "verify_step": "conv, norms, gating, recurrence",
     "mtp_verify": "norms, gating, recurrence",
     "conv1d_prefill": "conv",
-    "chunk_prefill": "recurrence; q and k are given normalised; g and beta ready",
+    "chunk_prefill": "recurrence; q and k are given as unit vectors; g and beta ready",
     "prefill_step": "conv, norms, gating, recurrence",
     "gated_rms_norm": "norm and gate",
 }
@@ -59,6 +59,13 @@ class Contender:
     refusal: str | None = None
 
 
+def with_norms(includes: str, case: Case) -> str:
+    """Add the norms to what a chunk prefill includes, where its layer applies them."""
+    if case.op == "chunk_prefill" and case.spec.qk_l2norm:
+        return f"norms, {includes}"
+    return includes
+
+
 def contenders(case: Case, device: Device, named: Mapping[Op, tuple[str, ...]]) -> list[Contender]:
     """Return this library's kernels for a case.
 
@@ -76,9 +83,7 @@ def contenders(case: Case, device: Device, named: Mapping[Op, tuple[str, ...]]) 
     if case.op == FRONT_END:
         return [_conv_alone(case, device, first), *_front_ends(case, device)]
     op = Op(case.op)
-    includes = INCLUDES[case.op]
-    if case.op == "chunk_prefill" and case.spec.qk_l2norm:
-        includes = f"norms, {includes}"
+    includes = with_norms(INCLUDES[case.op], case)
     if case.op == "verify_step" and case.protocol is DraftProtocol.SNAPSHOT:
         includes += ", commit"
     if op not in named:

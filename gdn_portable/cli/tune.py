@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -46,6 +47,9 @@ def tune(
     tp_size: Annotated[
         list[int] | None, typer.Option(help="Ranks that share the heads; repeatable. Default 1.")
     ] = None,
+    norms: Annotated[
+        bool, typer.Option(help="Whether the layer applies norms to q and k (qk_l2norm).")
+    ] = True,
     op: Annotated[
         list[Op] | None, typer.Option(help="chunk_prefill or prefill_step; default both.")
     ] = None,
@@ -71,7 +75,8 @@ def tune(
     for name in op or ():
         if name not in OPS:
             raise InputError(f"--op is {name.value}, needs {' or '.join(o.value for o in OPS)}")
-    specs = [layer_of(config, ranks) for ranks in tp_size or (1,)]
+    layers = [layer_of(config, ranks) for ranks in tp_size or (1,)]
+    specs = [replace(layer, qk_l2norm=norms) for layer in layers]
     target = present_gpu(device, "tune")
     facts = detect_device(target)
     folder = output or user_folder()

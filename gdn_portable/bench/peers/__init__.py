@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gdn_portable.bench.cases import Case
 from gdn_portable.bench.inputs import Batch
-from gdn_portable.bench.ours import Call, Contender
+from gdn_portable.bench.ours import Call, Contender, with_norms
 from gdn_portable.bench.peers import fla, flash_qla, flashinfer, sglang
 from gdn_portable.bench.peers.part import Part
 from gdn_portable.bench.timing import first_line
@@ -107,7 +107,7 @@ def _contender(part: Part, case: Case, make: Callable[[Batch], Call]) -> Contend
     return Contender(
         name=part.name,
         ours=False,
-        includes=part.includes,
+        includes=with_norms(part.includes, case),
         prepare=make,
         compares=_compares(case),
         refusal=part.refusal(case),

@@ -128,7 +128,7 @@ def _chunk(batch: Batch) -> Callable[[], Tensor]:
             scale=batch.spec.q_scale,
             initial_state=states,
             output_final_state=True,
-            use_qk_l2norm_in_kernel=False,
+            use_qk_l2norm_in_kernel=batch.spec.qk_l2norm,
             state_v_first=True,
             cu_seqlens=batch.slots.cu_seqlens,
         )[0][0]
@@ -213,7 +213,7 @@ CHUNKS = (
     Part(
         name="fla chunk",
         modules=(RULE,),
-        includes=f"recurrence; q and k are given normalised, log decay; {UNPOOLED}",
+        includes=f"recurrence; q and k are given as unit vectors, log decay; {UNPOOLED}",
         make=_chunk,
     ),
 )

@@ -28,7 +28,7 @@ def _chunk(batch: Batch) -> Callable[[], Tensor]:
             scale=batch.spec.q_scale,
             initial_state=states,
             output_final_state=True,
-            use_qk_l2norm_in_kernel=False,
+            use_qk_l2norm_in_kernel=batch.spec.qk_l2norm,
             cu_seqlens=batch.slots.cu_seqlens,
             state_v_first=True,
             auto_cp=True,
@@ -42,8 +42,8 @@ CHUNKS = (
     Part(
         name="flash_qla chunk",
         modules=(MODULE,),
-        includes="recurrence; q and k are given normalised, log decay; states in the order of the "
-        "sequences, no pool",
+        includes="recurrence; q and k are given as unit vectors, log decay; states in the order of "
+        "the sequences, no pool",
         make=_chunk,
         refuse=refuse_other_than_128,
     ),

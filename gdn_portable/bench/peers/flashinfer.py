@@ -7,6 +7,7 @@ It zeroes what it allocates for decode and verify, so it is given its output.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -18,9 +19,11 @@ from gdn_portable.bench.cases import MAX_DRAFTS, Case
 from gdn_portable.bench.inputs import Batch, gates_of
 from gdn_portable.bench.peers.part import Part, refuse_other_than_128
 from gdn_portable.steps import split_qkv
+from gdn_portable.versions import version_of
 
 DECODE = "flashinfer.gdn_decode"
 PREFILL = "flashinfer.gdn_prefill"
+NORMS_SINCE = (0, 7, 1)
 
 UseCp = bool | Literal["auto"]
 CONTEXT_PARALLEL: tuple[tuple[str, UseCp], ...] = (("auto", "auto"), ("on", True), ("off", False))
@@ -35,6 +38,15 @@ def _refuse(case: Case) -> str | None:
 def _refuse_table(case: Case) -> str | None:
     if case.spec.state_dtype is not torch.float32:
         return f"state dtype is {case.spec.state_dtype}, needs torch.float32"
+    return _refuse(case)
+
+
+def _refuse_prefill(case: Case) -> str | None:
+    version = version_of("flashinfer-python")
+    if version is not None and case.spec.qk_l2norm:
+        release = tuple(map(int, re.findall(r"\d+", version)[:3]))
+        if release < NORMS_SINCE:
+            return f"flashinfer-python is {version}, needs 0.7.1: it ignored the flag for norms"
     return _refuse(case)
 
 
@@ -140,9 +152,7 @@ def _verify_table(batch: Batch) -> Callable[[Tensor], Tensor]:
 
 def _chunk(batch: Batch, *, use_cp: UseCp) -> Callable[[], Tensor]:
     alpha = batch.g.exp()  # it takes linear decay
-    return partial(
-        _run_chunk, batch, batch.q, batch.k, batch.v, alpha, batch.beta, use_cp=use_cp, norm=False
-    )
+    return partial(_run_chunk, batch, batch.q, batch.k, batch.v, alpha, batch.beta, use_cp=use_cp)
 
 
 def _run_chunk(
@@ -154,7 +164,6 @@ def _run_chunk(
     beta: Tensor,
     *,
     use_cp: UseCp,
-    norm: bool,
 ) -> Tensor:
     call = importlib.import_module(PREFILL).chunk_gated_delta_rule
     o: Tensor = call(
@@ -167,7 +176,7 @@ def _run_chunk(
         initial_state=batch.state,
         output_final_state=True,
         cu_seqlens=batch.slots.cu_seqlens,
-        use_qk_l2norm_in_kernel=norm,
+        use_qk_l2norm_in_kernel=batch.spec.qk_l2norm,
         output_state=batch.state,
         use_cp=use_cp,
         state_indices=batch.slots.slots,
@@ -181,7 +190,7 @@ def _prefill(batch: Batch) -> Callable[[Tensor], Tensor]:
     def prefill(mixed: Tensor) -> Tensor:
         q, k, v = (x.contiguous() for x in split_qkv(batch.spec, mixed))
         g, beta = gates_of(batch.params, batch.a, batch.b)
-        return _run_chunk(batch, q, k, v, g.exp(), beta, use_cp="auto", norm=True)
+        return _run_chunk(batch, q, k, v, g.exp(), beta, use_cp="auto")
 
     return prefill
 
@@ -216,9 +225,9 @@ CHUNKS = tuple(
     Part(
         name=f"flashinfer chunk, cp {label}",
         modules=(PREFILL,),
-        includes="recurrence; q and k are given normalised, decay linear; pooled states",
+        includes="recurrence; q and k are given as unit vectors, decay linear; pooled states",
         make=partial(_chunk, use_cp=use_cp),
-        refuse=_refuse,
+        refuse=_refuse_prefill,
     )
     for label, use_cp in CONTEXT_PARALLEL
 )
@@ -228,6 +237,6 @@ PREFILLS = (
         modules=(PREFILL,),
         includes="copies of q, k and v, norms, gating in eager torch, recurrence",
         make=_prefill,
-        refuse=_refuse,
+        refuse=_refuse_prefill,
     ),
 )

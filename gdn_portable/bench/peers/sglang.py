@@ -173,7 +173,7 @@ def _chunk(batch: Batch) -> Callable[[], Tensor]:
             initial_state=batch.state,
             initial_state_indices=batch.slots.slots,
             cu_seqlens=batch.slots.cu_seqlens,
-            use_qk_l2norm_in_kernel=False,
+            use_qk_l2norm_in_kernel=batch.spec.qk_l2norm,
         )[0]
         return o[0]
 
@@ -257,7 +257,7 @@ CHUNKS = (
     Part(
         name="sglang chunk",
         modules=(CHUNK,),
-        includes="recurrence; q and k are given normalised, log decay; pooled states",
+        includes="recurrence; q and k are given as unit vectors, log decay; pooled states",
         make=_chunk,
     ),
 )
