@@ -88,8 +88,8 @@ def test_the_default_cases_are_the_table_that_was_asked_for() -> None:
     assert "decode_step/H16-HV32/B512/bf16/real" in names
     assert "verify_step/H16-HV32/B128xP4/fp32/replay/real" in names
     assert "front_end/H16-HV32/1x16384/fp32/real" in names
-    assert "chunk_prefill/H16-HV32/8x4096/fp32/slow" in names
-    assert "chunk_prefill/H2-HV8/8x1024/fp32/real" in names
+    assert "chunk_prefill/H16-HV32/8x4096/fp32/slow/norms" in names
+    assert "chunk_prefill/H2-HV8/8x1024/fp32/real/norms" in names
 
 
 def test_all_cases_hold_every_op_and_the_default_ones_once() -> None:
@@ -104,11 +104,11 @@ def test_a_chunk_prefill_that_normalises_is_a_case_of_its_own() -> None:
     chosen = select_cases(all_cases(), None, ["chunk_prefill/H16-HV64/24576+8192/fp32/real*"])
 
     assert [case.variant for case in chosen] == [
-        "H16-HV64/fp32/real",
         "H16-HV64/fp32/real/norms",
+        "H16-HV64/fp32/real",
     ]
-    assert [case.spec.qk_l2norm for case in chosen] == [False, True]
-    plain, norms = (contenders(case, Device("cpu", "cpu"), {})[0].includes for case in chosen)
+    assert [case.spec.qk_l2norm for case in chosen] == [True, False]
+    norms, plain = (contenders(case, Device("cpu", "cpu"), {})[0].includes for case in chosen)
     assert norms == f"norms, {plain}"
 
 

@@ -144,8 +144,8 @@ def default_cases() -> tuple[Case, ...]:
     cases += _verifies("verify_step", LAYER, DraftProtocol.SNAPSHOT)
     cases += _verifies("verify_step", LAYER, DraftProtocol.SLOT_TABLE)
     cases += [Case(op=FRONT_END, spec=LAYER, lengths=(tokens,)) for tokens in TOKENS]
-    cases += _chunks(LAYER, PACKED)
-    cases += _chunks(FEW_HEADS, PACKED_FEW_HEADS)
+    cases += _chunks(LAYER, PACKED, norms=True)
+    cases += _chunks(FEW_HEADS, PACKED_FEW_HEADS, norms=True)
     return tuple(cases)
 
 
@@ -168,8 +168,8 @@ def cases_of(spec: GdnSpec) -> Iterator[Case]:
     for lengths in CONV_LENGTHS:
         yield Case(op="conv1d_prefill", spec=spec, lengths=lengths)
     packed = tuple(dict.fromkeys((*PACKED, *PACKED_FEW_HEADS, PACKED_UNEVENLY)))
-    yield from _chunks(spec, packed)
     yield from _chunks(spec, packed, norms=True)
+    yield from _chunks(spec, packed, norms=False)
     for gates in Gates:
         for lengths in packed:
             yield Case(op="prefill_step", spec=spec, lengths=lengths, gates=gates)
@@ -216,7 +216,7 @@ def _verifies(
     ]
 
 
-def _chunks(spec: GdnSpec, packed: Sequence[tuple[int, ...]], *, norms: bool = False) -> list[Case]:
+def _chunks(spec: GdnSpec, packed: Sequence[tuple[int, ...]], *, norms: bool) -> list[Case]:
     """Return the cases; unit vectors are given, whether norms are applied to them or not."""
     spec = replace(spec, qk_l2norm=norms)
     return [
