@@ -13,7 +13,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in CLI_PACKAGES:
             raise
-        needed = "pip install 'gdn-portable[cli]'"
+        needed = "pip install 'gdn-portable[cli]'; in a checkout: pip install '.[cli]'"
         print(f"error: {error.name} is not installed, needs: {needed}", file=sys.stderr)
         sys.exit(2)
     from gdn_portable.errors import GdnError

@@ -195,7 +195,8 @@ main()
     assert ended.returncode != 0
     assert ended.stdout == ""
     assert ended.stderr == (
-        f"error: {package} is not installed, needs: pip install 'gdn-portable[cli]'\n"
+        f"error: {package} is not installed, needs: pip install 'gdn-portable[cli]'; "
+        "in a checkout: pip install '.[cli]'\n"
     )
 
 
