@@ -152,12 +152,28 @@ def test_doctor_takes_the_dtype_that_is_named(command: Command, config: Path) ->
 
 
 def test_doctor_in_words_names_every_op_kernel_and_version(command: Command) -> None:
-    outcome = command("doctor", "--arch", "gfx942")
+    outcome = command("doctor", "--device", "cpu")
 
     assert outcome.code == 0
-    assert "gfx942" in outcome.stdout
+    assert "backend reference (default here)" in outcome.stdout
     assert torch.__version__ in outcome.stdout
     assert [name for name in (*KERNELS, *KERNELS.values()) if name not in outcome.stdout] == []
+
+
+def test_doctor_in_words_has_a_line_for_every_other_backend(command: Command) -> None:
+    lines = command("doctor", "--device", "cpu").stdout.splitlines()
+
+    for name in ("triton", "rocm", "cuda"):
+        (line,) = (line for line in lines if f"backend {name} " in line)
+        assert "could serve 0 of 13 ops: device is cpu, needs " in line
+
+
+def test_doctor_in_words_says_that_a_device_is_not_here_and_shows_all(command: Command) -> None:
+    text = command("doctor", "--arch", "gfx942", "--all").stdout
+
+    assert "rocm (gfx942), imagined; libraries are those that are installed here" in text
+    assert "backend rocm (default there)" in text
+    assert [name for name in ("triton.gating", *KERNELS.values()) if name not in text] == []
 
 
 def test_the_module_runs_as_a_program() -> None:

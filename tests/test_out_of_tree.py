@@ -50,7 +50,7 @@ def test_its_own_tests_pass(installed: Path) -> None:
 
 
 def test_doctor_lists_it(installed: Path) -> None:
-    printed = _run(("gdn_portable", "doctor"), installed)
+    printed = _run(("gdn_portable", "doctor", "--all"), installed)
 
     assert "backend einsum" in printed
     assert "einsum.recurrent_decode" in printed

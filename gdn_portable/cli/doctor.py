@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ from gdn_portable.select import (
     detect_device,
     explain,
 )
-from gdn_portable.spec import Device, GdnSpec
+from gdn_portable.spec import Device, GdnSpec, Op
 from gdn_portable.versions import versions
 
 
@@ -37,9 +38,15 @@ def doctor(
     ] = None,
     tp_size: Annotated[int, typer.Option(help="Ranks that share the heads.")] = 1,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the activations.")] = None,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Show every backend's kernels, not the default's alone.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show the device, versions, and every kernel of every op with the reason for or against."""
+    """Show the device, versions, and every kernel of every op with the reason for or against.
+
+    Libraries are those that are installed here, for an architecture that is not here as well.
+    """
     if device is not None and arch is not None:
         raise InputError("--device and --arch are both given, needs one")
     facts = imagined_device(arch) if arch is not None else detect_device(default_device(device))
@@ -51,10 +58,15 @@ def doctor(
         print(json.dumps(_document(facts, spec, found, tables), indent=2))
         return
     console = Console()
-    console.print(_facts_table(facts, spec, found))
-    for name, choices in tables.items():
-        title = f"backend {name}" + (" (default here)" if name == default_backend(facts) else "")
-        console.print(_kernel_table(title, choices))
+    console.print(_facts_table(facts, spec, found, is_here=arch is None))
+    default, *others = names
+    where = "here" if arch is None else "there"
+    console.print(_kernel_table(f"backend {default} (default {where})", tables[default]))
+    if show_all:
+        for name in others:
+            console.print(_kernel_table(f"backend {name}", tables[name]))
+    else:
+        console.print(_short_table({name: tables[name] for name in others}))
 
 
 def _document(
@@ -94,9 +106,12 @@ def _plain(value: object) -> object:
     return str(value) if isinstance(value, torch.dtype) else value
 
 
-def _facts_table(device: Device, spec: GdnSpec, found: dict[str, str | None]) -> Table:
+def _facts_table(
+    device: Device, spec: GdnSpec, found: dict[str, str | None], *, is_here: bool
+) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2))
-    table.add_row("device", f"{device} {device.name}".strip())
+    imagined = "" if is_here else ", imagined; libraries are those that are installed here"
+    table.add_row("device", f"{device} {device.name}".strip() + imagined)
     table.add_row(
         "layer",
         f"H={spec.num_k_heads} HV={spec.num_v_heads} K={spec.head_k_dim} V={spec.head_v_dim} "
@@ -117,6 +132,20 @@ def _kernel_table(title: str, choices: tuple[Choice, ...]) -> Table:
         chosen_by = [choice.among.source] if choice.among else []
         kernel = "\n".join([name, *filter(None, among.split(" | ")), *chosen_by])
         table.add_row(choice.op.value, kernel, mark, "\n".join(choice.reasons))
+    return table
+
+
+def _short_table(tables: dict[str, tuple[Choice, ...]]) -> Table:
+    """Return a line for each backend: how many ops it could serve, and what most often forbids."""
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.title, table.title_justify = "other backends; --all shows their kernels", "left"
+    for name, choices in tables.items():
+        served = {choice.op for choice in choices if choice.chosen}
+        refused = (choice for choice in choices if choice.op not in served)
+        reasons = Counter(reason for choice in refused for reason in choice.reasons)
+        most = [reason for reason, _ in reasons.most_common(1)]
+        could = f"could serve {len(served)} of {len(Op)} ops"
+        table.add_row(f"backend {name}", ": ".join([could, *most]))
     return table
 
 
