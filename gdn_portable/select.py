@@ -217,11 +217,14 @@ def detect_device(device: AnyDevice) -> Device:
         if device.type == "cpu":
             return Device("cpu", "cpu")
         if device.type != "cuda":
+            torch.empty(0, device=device)  # raises where it is not here
             return Device(device.type, device.type, device.index)
         properties = torch.cuda.get_device_properties(device)
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ModuleNotFoundError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"device is {device!r}, needs one that torch can use: {reason}") from error
+        if str(device).partition(":")[0] == "rocm":
+            reason = "it calls AMD's GPUs cuda"
+        raise InputError(f"device is {device}, needs one that torch can use: {reason}") from error
     if torch.version.hip:
         arch = properties.gcnArchName.partition(":")[0]
         return Device("rocm", arch, device.index, properties.name)

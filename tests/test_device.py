@@ -62,7 +62,33 @@ def test_a_device_without_an_architecture_has_its_kind_for_one(kind: str) -> Non
     assert Device(kind).arch == kind
 
 
-@pytest.mark.parametrize("device", ["rocm", "cuda:99", None, 3.5])
+@pytest.mark.parametrize("device", ["npu-1", "cuda:99", None, 3.5, torch.device("cuda", 99)])
 def test_a_device_that_torch_cannot_use_is_one_clear_error(device: Any) -> None:
-    with pytest.raises(InputError, match="needs one that torch can use: "):
+    with pytest.raises(InputError, match=f"^device is {device}, needs one that torch can use: "):
+        detect_device(device)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        ("xpu", AssertionError("Torch not compiled with XPU enabled")),
+        ("mps", NotImplementedError("Could not run 'aten::empty' on MPS")),
+        ("hpu", ModuleNotFoundError("No module named 'torch.hpu'")),
+    ],
+)
+def test_a_device_that_torch_names_and_cannot_allocate_on_is_refused(
+    monkeypatch: pytest.MonkeyPatch, kind: str, error: Exception
+) -> None:
+    def fail(*size: int, device: torch.device) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "empty", fail)
+
+    with pytest.raises(InputError, match=f"^device is {kind}, needs .* torch can use: {error}"):
+        detect_device(kind)
+
+
+@pytest.mark.parametrize("device", ["rocm", "rocm:1"])
+def test_rocm_is_no_device_of_torchs(device: str) -> None:
+    with pytest.raises(InputError, match=f"^device is {device}, .*: it calls AMD's GPUs cuda$"):
         detect_device(device)
