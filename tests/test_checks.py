@@ -286,6 +286,34 @@ def test_a_verify_or_commit_refuses_the_metadata_of_a_prefill(case: str) -> None
     assert "metadata is a PrefillMetadata, needs " in message
 
 
+@pytest.mark.parametrize(
+    ("case", "needed"),
+    [
+        *((case, "needs (2, 4) [B, HV]") for case in ("recurrent_decode", "decode_step")),
+        *((case, "needs (6, 4) [T, HV]") for case in ("prefill_step", "verify_step table")),
+    ],
+)
+def test_a_shape_is_told_in_the_letters_of_the_op(case: str, needed: str) -> None:
+    message = refusal(case, replaced(call_of(case), a=torch.zeros(6, 5)))
+
+    assert f"a has shape (6, 5), {needed}" in message
+
+
+@pytest.mark.parametrize(
+    ("positional", "problem"),
+    [(5, "missing a required argument: 'state_indices'"), (6, "too many positional arguments")],
+)
+def test_arguments_that_do_not_fit_the_signature_are_told_what_does(
+    positional: int, problem: str
+) -> None:
+    taken = "(mixed_qkv, a, b, params, pool, *, state_indices, out_state_indices=None, "
+
+    with pytest.raises(TypeError) as raised:
+        bind(SPEC, "cpu").decode_step(*[None] * positional)
+
+    assert str(raised.value).startswith(f"decode_step: {problem}; it takes {taken}")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_without_checks_no_argument_is_looked_at(
     monkeypatch: pytest.MonkeyPatch, case: str

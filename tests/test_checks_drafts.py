@@ -164,7 +164,8 @@ def test_a_commit_needs_drafts(case: str) -> None:
 
     message = refusal(case, {**call, "drafts": None})
 
-    assert "drafts is None, needs ReplayDrafts or SnapshotDrafts" in message
+    assert "drafts is None, needs ReplayDrafts or SnapshotDrafts: a slot table has no" in message
+    assert "its next verify is told num_accepted" in message
 
 
 def _drafts(case: str, change: Any) -> dict[str, Tensor]:

@@ -89,6 +89,17 @@ def test_uniform_drafts_come_in_multiples_of_the_most(case: str) -> None:
     message = refusal(case, call)
 
     assert "6 draft tokens without cu_seqlens, needs a multiple of max_drafts (4)" in message
+    assert "which counts the root" in message
+
+
+@with_drafts
+def test_uniform_drafts_of_more_sequences_than_there_are_slots_are_refused(case: str) -> None:
+    call = replaced(call_of(case), metadata__cu_seqlens=None, metadata__state_indices=slots(2))
+
+    message = refusal(case, call)
+
+    assert "state_indices is (1), needs one axis of at least 2: 6 draft tokens are 2 seq" in message
+    assert "of max_drafts (3), which counts the root" in message
 
 
 @every_verify

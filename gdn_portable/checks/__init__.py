@@ -50,7 +50,11 @@ def checked(op: Op, launch: Launcher, spec: GdnSpec, device: Device) -> Launcher
     signature, rules = SIGNATURES[op], Rules(spec, device)
 
     def check_and_launch(*args: Any, **kwargs: Any) -> Any:
-        _check(rules, op, signature.bind(None, *args, **kwargs).arguments)
+        try:
+            arguments = signature.bind(None, *args, **kwargs).arguments
+        except TypeError as error:
+            raise TypeError(f"{op.value}: {error}; it takes {_taken(signature)}") from None
+        _check(rules, op, arguments)
         return launch(*args, **kwargs)
 
     check_and_launch.__name__ = op.value
@@ -61,8 +65,19 @@ def checked(op: Op, launch: Launcher, spec: GdnSpec, device: Device) -> Launcher
     return check_and_launch
 
 
+def _taken(signature: inspect.Signature) -> str:
+    """Write what an op takes, without types: what goes by name stands behind the star."""
+    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return str(inspect.Signature(parameters[1:]))
+
+
 def _check(rules: Rules, op: Op, arguments: Mapping[str, Any]) -> None:
     """Raise InputError for the first argument that breaks the contract."""
+    if op is Op.MTP_COMMIT and arguments["drafts"] is None:
+        raise InputError(
+            "drafts is None, needs ReplayDrafts or SnapshotDrafts: a slot table has no commit, its "
+            "next verify is told num_accepted"
+        )
     _check_kinds(rules, op, arguments)
     rows = rules.tensors(op, arguments)
     if "params" in arguments:

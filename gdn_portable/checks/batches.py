@@ -155,9 +155,16 @@ def _draft_lengths(rules: Rules, metadata: VerifyMetadata, rows: int) -> list[in
     if metadata.cu_seqlens is None:
         if rows % P:
             raise InputError(
-                f"{rows} draft tokens without cu_seqlens, needs a multiple of max_drafts ({P})"
+                f"{rows} draft tokens without cu_seqlens, needs a multiple of max_drafts ({P}), "
+                "which counts the root"
             )
-        return [P] * (rows // P)
+        B, slots = rows // P, metadata.state_indices
+        if slots.dim() == 1 and len(slots) < B:
+            raise InputError(
+                f"state_indices is {shape_text(slots.shape)}, needs one axis of at least {B}: "
+                f"{rows} draft tokens are {B} sequences of max_drafts ({P}), which counts the root"
+            )
+        return [P] * B
     lengths = rules.lengths(metadata.cu_seqlens, rows)
     if max(lengths, default=0) > P:
         raise InputError(f"a sequence has {max(lengths)} drafts, needs at most {P}")

@@ -17,7 +17,7 @@ from gdn_portable.spec import ConvLayout, Device, GdnSpec, Op, StateLayout, torc
 INTEGERS = (torch.int32, torch.int64)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-# letters of each tensor argument; T stands for B where rows are sequences
+# letters of each tensor argument; T is B where a row is a sequence
 SHAPES = {
     "x": "T D",
     "mixed_qkv": "T D",
@@ -41,6 +41,7 @@ SHAPES_OF: Mapping[Op, Mapping[str, str]] = {
     Op.CONV1D_VERIFY: {"out": "T D"},
     Op.GATED_RMS_NORM: {"x": "T HV V", "weight": "V"},
 }
+OF_SEQUENCES = (Op.CONV1D_UPDATE, Op.RECURRENT_DECODE, Op.DECODE_STEP)
 IN_PLACE = (Op.CONV1D_UPDATE, Op.CONV1D_VERIFY, Op.GATED_RMS_NORM)
 ACTIVATIONS = ("x", "mixed_qkv", "q", "k", "v")
 DENSE_VECTORS = ("q", "k", "v", "gate")  # token and head strides are free
@@ -55,12 +56,12 @@ class Rules(NamedTuple):
     def tensors(self, op: Op, arguments: Mapping[str, Any]) -> int:
         """Check shapes, dtypes, strides and device; return the rows of the batch."""
         shapes = {**SHAPES, **SHAPES_OF.get(op, {})}
-        sizes = self.sizes()
+        sizes, rows = self.sizes(), "B" if op in OF_SEQUENCES else "T"
         for name, value in arguments.items():
             if name not in shapes or value is None:
                 continue
-            if "T" not in sizes and value.dim():
-                sizes["T"] = len(value)
+            if rows not in sizes and value.dim():
+                sizes[rows] = len(value)
             dtypes: Sequence[torch.dtype] = FLOATS
             if name in ACTIVATIONS and op is not Op.GATED_RMS_NORM:
                 dtypes = (self.spec.dtype,)
@@ -69,7 +70,7 @@ class Rules(NamedTuple):
             letters = shapes[name]
             if name == "gate" and value.dim() == 2:
                 letters = "T HV*V"
-            self.tensor(name, value, letters, sizes, dtypes)
+            self.tensor(name, value, letters.replace("T", rows), sizes, dtypes)
             if name in DENSE_VECTORS:
                 self.dense(name, value)
         out = arguments.get("out")
@@ -81,7 +82,7 @@ class Rules(NamedTuple):
                     continue
                 if _overlap(out, value):
                     raise InputError(f"out shares memory with {name}, needs memory of its own")
-        return sizes.get("T", 0)
+        return sizes.get(rows, 0)
 
     def sizes(self) -> dict[str, int]:
         """Return the size behind each letter."""
