@@ -119,7 +119,8 @@ class VerifyMetadata:
         max_drafts: P, the most drafts of a sequence, the root included.
         cu_seqlens: [B + 1] offsets of the sequences' drafts. None: every sequence has P.
         num_accepted: [B] drafts of the step before that were accepted, the root included; 0 where
-            none is pending. None: none is pending anywhere.
+            none is pending, to a slot table the same as 1. None: none is pending anywhere. Not
+            read with ``SnapshotDrafts``, as their commit was told.
         rows: [B] rows of ``SnapshotDrafts``. None: the position in the batch.
         parents: [B, P] index of each draft's parent, smaller than its own; column 0 is the root
             and not read. None: a chain.

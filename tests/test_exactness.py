@@ -135,6 +135,40 @@ def test_the_next_verify_of_a_slot_table_continues_from_the_accepted_draft(spec,
 
 
 @dtypes
+@pytest.mark.parametrize("k", range(1, P + 1))
+def test_after_a_verify_of_one_row_the_first_slot_of_a_table_is_one_for_decodes(spec, k):
+    spec, rng = replace(spec, conv_window=6), generator(k)
+    ops, weights = cpu(spec), params(spec, rng)
+    first_rows, next_rows = draft_rows(spec, rng, 1, P), draft_rows(spec, rng, 1, P)
+    states = pool(spec, rng, 5, live=[4])
+    decoded, table = copies(states), slots(4, 1, 2, 3)[None]
+    decode_path(spec, first_rows, weights, decoded, 0, 4, range(k))
+    want = decode_path(spec, next_rows, weights, decoded, 0, 4, range(P))
+
+    ops.verify_step(*flat(first_rows), weights, states, metadata=VerifyMetadata(table, P))
+    alone = VerifyMetadata(table, P, cu_seqlens=slots(0, 1), num_accepted=slots(k))
+    root = [tensor[:, :1] for tensor in next_rows]
+    got = [ops.verify_step(*flat(root), weights, states, metadata=alone)[0]]
+    got += decode_path(spec, next_rows, weights, states, 0, 4, range(1, P))
+
+    assert torch.equal(torch.stack(got), torch.stack(want))
+
+
+@dtypes
+@pytest.mark.parametrize("num_accepted", [None, slots(0), slots(1)], ids=["none", "0", "1"])
+def test_the_first_verify_of_a_slot_table_starts_in_its_first_slot(spec, num_accepted):
+    spec, rng = replace(spec, conv_window=6), generator(1)
+    rows, weights = draft_rows(spec, rng, 1, P), params(spec, rng)
+    states = pool(spec, rng, 5, live=[4])
+    want = decode_path(spec, rows, weights, copies(states), 0, 4, range(P))
+
+    metadata = VerifyMetadata(slots(4, 1, 2, 3)[None], P, num_accepted=num_accepted)
+    got = cpu(spec).verify_step(*flat(rows), weights, states, metadata=metadata)
+
+    assert torch.equal(got, torch.stack(want))
+
+
+@dtypes
 @accepted_counts
 def test_num_accepted_of_the_next_replay_equals_a_commit(spec, k):
     rng, ops = generator(k), cpu(spec)
