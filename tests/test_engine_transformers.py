@@ -193,6 +193,19 @@ def test_outputs_and_states_of_a_layer_agree_wherever_padding_is(name: str) -> N
     close(kept.conv_states[0][..., 1:], needed.conv_states[0][..., 1:])
 
 
+@pytest.mark.parametrize("name", ["cache", "cache_params"])
+@torch.no_grad()
+def test_a_layer_takes_its_cache_by_either_name_and_in_its_place(name: str) -> None:
+    model, x = _model("Qwen3.5"), torch.randn(2, 5, SIZES["hidden_size"])
+    named, placed = (DynamicCache(config=model.config) for _ in range(2))
+
+    with use(model):
+        outputs = [(_layer(model)(x, **{name: named}), _layer(model)(x, placed)) for _ in range(2)]
+
+    assert all(torch.equal(*pair) for pair in outputs)
+    assert not torch.equal(outputs[0][0], outputs[1][0])
+
+
 @torch.no_grad()
 def test_the_tensors_of_a_cache_are_written_in_place() -> None:
     model, (ids, _) = _model("Qwen3.5"), _prompts(9)
@@ -348,6 +361,22 @@ def test_a_model_without_known_layers_is_refused() -> None:
         use(LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1)))
     with pytest.raises(InputError, match="model has OlmoHybridGatedDeltaNet, needs a layer"):
         use(nn.Sequential(OlmoHybridGatedDeltaNet()))
+
+
+def test_a_layer_whose_cache_has_another_name_is_refused() -> None:
+    class Qwen3_5GatedDeltaNet(nn.Module):
+        layer_idx = 5
+
+        def forward(self, hidden_states: Tensor, memory: Any = None) -> Tensor:
+            return hidden_states
+
+    with pytest.raises(
+        InputError,
+        match=(
+            "the forward of layer 5 takes self, hidden_states, memory, needs cache or cache_params"
+        ),
+    ):
+        use(nn.Sequential(Qwen3_5GatedDeltaNet()))
 
 
 def test_a_model_on_the_meta_device_is_refused() -> None:

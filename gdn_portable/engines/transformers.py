@@ -13,6 +13,7 @@ transformers itself is never imported: layers are known by the names of their cl
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import TracebackType
@@ -38,6 +39,8 @@ from gdn_portable.state import StatePool
 
 # keywords by which several sequences are packed in one row
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+# what a layer calls its cache: since transformers 5.24, and before
+CACHES = ("cache", "cache_params")
 
 
 def use(
@@ -192,25 +195,28 @@ class _Runner:
         layer: Any,
         project: Project,
         hidden_states: Tensor,
-        cache_params: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
+        *,
+        cache_params: Any = None,
         **keywords: object,
     ) -> Tensor:
         """Return the layer's output for hidden states [B, T, hidden], and advance its cache."""
         _refuse(hidden_states, keywords)
+        cache = cache_params if cache is None else cache
         B, T = hidden_states.shape[:2]
         if attention_mask is not None:
             hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
         x = project(self, layer, hidden_states)
-        pool, has_state = self._states(layer, cache_params, x.mixed_qkv, (B, T))
+        pool, has_state = self._states(layer, cache, x.mixed_qkv, (B, T))
         ops, batch = self._ops_and_batch(B, T, has_state, hidden_states.device)
         inputs = (x.mixed_qkv, x.a, x.b, _params(layer), pool)
         if has_state and T == 1:
             o = ops.decode_step(*inputs, state_indices=batch.state_indices, gate=x.gate)
         else:
             o = ops.prefill_step(*inputs, metadata=batch, gate=x.gate)
-        if cache_params is not None:
-            cache_params.layers[layer.layer_idx].has_previous_state[0] = True
+        if cache is not None:
+            cache.layers[layer.layer_idx].has_previous_state[0] = True
         output: Tensor = layer.out_proj(o.flatten(1).unflatten(0, (B, T)))
         return output
 
@@ -284,6 +290,12 @@ def _gdn_layers(model: nn.Module) -> list[tuple[Any, Project]]:
         if current is not None and getattr(current, "__func__", None) is not type(layer).forward:
             raise InputError(
                 f"the forward of layer {layer.layer_idx} is replaced already, needs its own"
+            )
+        taken = inspect.signature(type(layer).forward).parameters
+        if not taken.keys() & set(CACHES):
+            raise InputError(
+                f"the forward of layer {layer.layer_idx} takes {', '.join(taken)}, needs "
+                f"{' or '.join(CACHES)}: a transformers that is not known"
             )
         if layer.A_log.is_meta:
             raise InputError(
