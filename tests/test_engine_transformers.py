@@ -311,6 +311,15 @@ def test_the_weights_and_forwards_of_a_model_are_its_own_again() -> None:
     assert in_use_at == addresses() == expected
 
 
+def test_what_is_in_use_counts_its_layers_and_names_what_they_run_on() -> None:
+    with use(_model("Qwen3.5")) as in_use:
+        during = repr(in_use)
+
+    (ops,) = in_use.ops
+    assert during == f"InUse(2 layers: {ops})"
+    assert repr(in_use) == f"InUse(0 layers: {ops})"
+
+
 def test_a_hook_that_moves_inputs_to_a_layers_device_stays() -> None:
     model = _model("Qwen3.5")
     layer, calls = _layer(model), list[str]()

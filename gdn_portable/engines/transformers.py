@@ -93,7 +93,7 @@ class InUse:
     """What ``use`` did, and how to undo it; as a context, undone at its end.
 
     Attributes:
-        ops: what the layers run on, for each device and kind of layer.
+        ops: what the layers run on: one for layers that are alike and on one device.
     """
 
     def __init__(self, ops: tuple[GdnOps, ...]) -> None:
@@ -124,6 +124,10 @@ class InUse:
             if own is not None:
                 setattr(layer, _called(layer), own)
         self._replaced = []
+
+    def __repr__(self) -> str:
+        """Count the layers, and name what they run on."""
+        return f"InUse({len(self._replaced)} layers: {', '.join(map(repr, self.ops))})"
 
     def __enter__(self) -> InUse:
         return self
