@@ -16,6 +16,8 @@ The rules of every op:
 * Two rows may not write one slot, nor one row read what another writes; reads may repeat.
 * States are read and written in place, through their strides. Nothing is copied.
 * Zero-length sequences and empty batches are legal.
+* ``mixed_qkv``, ``x``, q, k and v have the spec's ``dtype``. ``a``, ``b``, ``gate``, ``out`` and
+  parameters may have any floating dtype; a kernel that is not first in its table may take fewer.
 * ``out`` is written and returned; None allocates it in the activations' dtype.
 * No op synchronises with the host. Arguments are checked where ``bind`` was asked to, or on a CPU:
   then a bad one raises InputError before anything is written, and nothing else is promised of it.
@@ -366,6 +368,9 @@ class PlanPrefill(Protocol):
     def __call__(self, metadata: PrefillMetadata) -> None:
         """Store a plan on ``metadata``; called again, refill the same tensors in place.
 
+        A prefill without a plan is right as well, and may be slower: kernels do this work in every
+        layer, and one that is chosen by the batch is chosen without ``seq_lens_cpu``.
+
         Call it again when the contents of ``metadata`` change: a plan is used as it is, and a stale
         one gives wrong results where nothing is checked.
         """
@@ -510,6 +515,9 @@ class Warmup(Protocol):
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class GdnOps:
     """The ops of one layer spec bound to one device: every attribute is the kernel's launcher.
+
+    What an op takes and does, the class of its attribute says: of ``decode_step``,
+    ``help(gdn_portable.interface.DecodeStep)``.
 
     Attributes:
         spec: what they were bound for.

@@ -139,6 +139,17 @@ def test_an_axis_that_is_too_short_is_refused(case: str, name: str) -> None:
     assert shape_text(wrong.shape) in message
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", [case for case in CASES if "a" in call_of(case)])
+def test_a_and_b_may_have_any_floating_dtype(case: str, dtype: torch.dtype) -> None:
+    call = call_of(case)
+    wider = {name: call[name].to(dtype) for name in ("a", "b")}
+
+    results = [run(case, each) for each in (replaced(call_of(case), **wider), call)]
+
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 @_tensors("x", "mixed_qkv", "q", "k", "v", "g", "beta", "conv_state", "state", "checkpoint_state")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_a_float_of_another_precision_is_refused(case: str, name: str, dtype: torch.dtype) -> None:
