@@ -88,7 +88,7 @@ def times(model: Any, load: Load, repeats: int) -> dict[str, Times]:
     layer = model.model.layers[0].linear_attn
 
     def run_layer(cache: Any, x: Tensor) -> None:
-        layer(x, cache_params=cache)
+        layer(x, cache)  # by either of the names that transformers has had for it
 
     def run_model(cache: Any, x: Tensor) -> None:
         model(x, past_key_values=cache, logits_to_keep=1)

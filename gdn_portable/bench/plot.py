@@ -26,7 +26,7 @@ def check_matplotlib() -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError(
             "--plot is given and matplotlib is not installed, "
-            "needs: pip install 'gdn-portable[bench]'"
+            "needs: pip install 'gdn-portable[bench]'; in a checkout: pip install '.[bench]'"
         )
 
 
