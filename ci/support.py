@@ -51,7 +51,7 @@ GROUPS = {
     "drafts": (Op.VERIFY_STEP, Op.MTP_VERIFY, Op.CONV1D_VERIFY, Op.MTP_COMMIT),
     "gates": (Op.GATING, Op.GATED_RMS_NORM),
 }
-LIBRARIES = {"triton": "Triton", "flashinfer": "FlashInfer", "aiter": "aiter"}
+LIBRARIES = {"triton": "Triton", "cute": "CuTe", "flashinfer": "FlashInfer", "aiter": "aiter"}
 
 
 def able(kernel: Kernel, spec: GdnSpec, device: Device) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import platform
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +16,7 @@ from tests.command import Command
 
 if TYPE_CHECKING:
     from ci.amdgcn import Simulator
+    from tests.libraries import Site
 
 # threads that wait for each other on a busy machine make small triangular solves 70 times slower
 torch.set_num_threads(1)
@@ -24,6 +26,15 @@ torch.set_num_threads(1)
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Return the program, run in this process."""
     return Command(monkeypatch, capsys)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """Make the one site that has the libraries behind the kernels for NVIDIA."""
+    pytest.importorskip("triton")
+    from tests.libraries import installed
+
+    yield from installed(tmp_path, monkeypatch)
 
 
 @pytest.fixture

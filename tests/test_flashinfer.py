@@ -3,22 +3,20 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
 import torch
-from gdn_backend_cuda import BACKEND, flashinfer_probe
+from gdn_backend_cuda import BACKEND
 
 from gdn_portable import Choice, Device, GdnSpec, Op, StateLayout, UnsupportedError, bind, explain
 from tests.command import Command
+from tests.libraries import Site
 
 HOPPER = Device("cuda", "sm90")
 SPEC = GdnSpec(
@@ -52,80 +50,6 @@ def test_the_adapters_keep_the_contract_on_a_double() -> None:
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout and "skipped" not in done.stdout
-
-
-FUNCTIONS = {
-    "flashinfer/gdn_decode.py": ("gated_delta_rule_decode_pretranspose", "gated_delta_rule_mtp"),
-    "flashinfer/gdn_prefill.py": ("chunk_gated_delta_rule",),
-    "flashinfer/utils.py": ("_get_cache_buf",),
-    "flashinfer/gdn_kernels/gdn_decode_bf16_state.py": ("gated_delta_rule_mtp",),
-}
-
-
-class Site:
-    """A folder that packages are installed into."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def write(self, name: str, text: str = "") -> None:
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-    def describe(self, name: str, version: str) -> None:
-        folder = f"{name.replace('-', '_')}-{version}.dist-info"
-        self.write(f"{folder}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}")
-
-    def install_cutlass(self) -> None:
-        self.write("cutlass/__init__.py")
-        self.describe("nvidia-cutlass-dsl", "4.8.1")
-
-    def install_flashinfer(self, version: str = "0.7.2.post1") -> None:
-        self.write("flashinfer/__init__.py")
-        self.write("flashinfer/gdn_kernels/__init__.py")
-        for file, functions in FUNCTIONS.items():
-            module = file.removesuffix(".py").replace("/", ".")
-            signatures = (
-                f"def {name}({', '.join(flashinfer_probe.SEMANTIC[f'{module}:{name}'])}): ..."
-                for name in functions
-            )
-            self.write(file, "\n".join(signatures))
-        self.describe("flashinfer-python", version)
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    """Make the one site that has these packages; whatever is imported from it is forgotten."""
-    pytest.importorskip("triton")
-    find_spec, version = importlib.util.find_spec, importlib.metadata.version
-
-    def find_here(name: str, package: str | None = None) -> ModuleSpec | None:
-        hidden = name in ("flashinfer", "cutlass") and not (tmp_path / name).exists()
-        return None if hidden else find_spec(name, package)
-
-    def version_here(name: str) -> str:
-        if name not in ("flashinfer-python", "nvidia-cutlass-dsl"):
-            return version(name)
-        for found in importlib.metadata.distributions(name=name, path=[str(tmp_path)]):
-            return found.version
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.util, "find_spec", find_here)
-    monkeypatch.setattr(importlib.metadata, "version", version_here)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    before = _libraries()
-    for name in before:
-        monkeypatch.delitem(sys.modules, name)
-    flashinfer_probe._unusable.cache_clear()
-    yield Site(tmp_path)
-    flashinfer_probe._unusable.cache_clear()
-    for name in _libraries():
-        del sys.modules[name]
-
-
-def _libraries() -> list[str]:
-    return [name for name in sys.modules if name.partition(".")[0] in ("flashinfer", "cutlass")]
 
 
 def _choices(spec: GdnSpec = SPEC, device: Device = HOPPER) -> dict[str, Choice]:

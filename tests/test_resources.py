@@ -22,13 +22,18 @@ import triton.language as tl  # noqa: E402
 from ci.resources import compilers, table  # noqa: E402
 from ci.resources.calls import Call  # noqa: E402
 from ci.resources.driver import Compiled, compiling_for  # noqa: E402
-from ci.resources.measure import GPUS, Needs, faults_of, needs_of, resident_warps  # noqa: E402
+from ci.resources.measure import Needs, faults_of, needs_of, resident_warps  # noqa: E402
 from gdn_portable import Device, GdnSpec, PrefillMetadata, bind  # noqa: E402
 
 NEEDS = Needs(warps=4, registers=128, shared=4096, scratch=0, resident=16, matrix=8)
 KEY = ("bf16/fp32", "decode_step B1", "_decode")
 # ci/compile takes minutes for the other two, whose kernels are those of sm100 and smaller ones
-COMPILED = tuple(arch for arch in GPUS if arch not in ("sm103", "sm120"))
+COMPILED = tuple(
+    (arch, compiler)
+    for compiler in compilers.names()
+    for arch in compilers.gpus(compiler)
+    if arch not in ("sm103", "sm120")
+)
 PLANTED = """
 from ci.resources import compile
 from tests.test_resources import planted_calls
@@ -37,16 +42,15 @@ compile.main()
 """
 
 
-@pytest.mark.parametrize("version", compilers.versions())
-@pytest.mark.parametrize("arch", COMPILED)
-def test_the_steps_of_models_need_what_the_table_says(arch: str, version: str) -> None:
-    if not compilers.is_installed(version):
-        pytest.skip(f"needs Triton {version}: python -m ci.resources --install")
+@pytest.mark.parametrize(("arch", "compiler"), COMPILED)
+def test_the_steps_of_models_need_what_the_table_says(arch: str, compiler: str) -> None:
+    if not compilers.is_installed(compiler):
+        pytest.skip(f"needs {compiler}: python -m ci.resources --install")
 
-    found = table.gather(compilers.compiled(arch, version, "models"))
+    found = table.gather(compilers.compiled(arch, compiler, "models"))
 
     # python -m ci.resources --write writes the tables again
-    assert found.faults + table.differences(table.read(arch, version), found) == []
+    assert found.faults + table.differences(table.read(arch, compiler), found) == []
 
 
 @triton.jit
@@ -119,10 +123,10 @@ def test_a_kernel_that_needs_too_much_is_refused(changes: dict[str, int], words:
 
 
 def test_what_a_compiler_says_is_a_fault_whether_it_goes_on_or_not(tmp_path: Path) -> None:
-    version = triton.__version__
+    compiler = f"triton-{triton.__version__}"
     with (tmp_path / "stderr").open("w+") as stderr:
         child = subprocess.run(
-            [sys.executable, "-c", PLANTED, "gfx942", version, "models"],
+            [sys.executable, "-c", PLANTED, "gfx942", compiler, "models"],
             cwd=compilers.ROOT,
             env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
             stdout=subprocess.PIPE,
@@ -181,9 +185,9 @@ def test_registers_and_shared_memory_say_how_many_warps_are_resident(
 def test_a_table_is_read_as_it_was_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(table, "TABLES", tmp_path / "tables")
 
-    table.write("gfx942", "3.6.0", {KEY: NEEDS})
+    table.write("gfx942", "triton-3.6.0", {KEY: NEEDS})
 
-    assert table.read("gfx942", "3.6.0") == {KEY: NEEDS}
+    assert table.read("gfx942", "triton-3.6.0") == {KEY: NEEDS}
 
 
 def test_a_difference_names_the_kernel_and_what_changed() -> None:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels for NVIDIA: FlashInfer's where they were measured right and fast, then the shared ones.
+"""Kernels for NVIDIA: those of others and our own where they are right and fast, then the shared.
 
 The shared Triton decode and verify are faster than FlashInfer's at every batch size on an H200,
-so they come first; FlashInfer's serve where they are named. Which prefill is fastest depends on the
-batch: it is chosen by times, those in ``tuned`` or those that the command ``tune`` took.
+so they come first; FlashInfer's serve where they are named. Verification by replay in one kernel of
+the CuTe DSL is faster still for large batches, and lets Triton serve the small. Which prefill is
+fastest depends on the batch: it is chosen by times, those in ``tuned`` or those that the command
+``tune`` took.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from gdn_backend_triton import KERNELS as SHARED
 from gdn_backend_triton import shapes_are_unfit, triton_is_missing
 from gdn_backend_triton.launch import lazily
 
+from gdn_backend_cuda.cute_probe import cute_is_unfit
 from gdn_backend_cuda.flashinfer_probe import (
     DECODE,
     PREFILL,
@@ -30,7 +33,9 @@ from gdn_portable.spec import Device, GdnSpec, Op, StateLayout
 
 OLDEST = (0, 6, 14)
 OLDEST_PREFILL = (0, 7, 0)  # before, Hopper's takes no slots
-BFLOAT16 = (torch.bfloat16,)  # decode and verify round float16 to it
+BFLOAT16 = (torch.bfloat16,)  # FlashInfer's decode and verify round float16 to it
+CONV_WIDTH = 4  # of the CuTe kernel
+MOST_RATIO = 4  # of value heads to key heads: from there on its threads spill registers
 
 Probe = Callable[[], str | None]
 
@@ -49,6 +54,7 @@ PREFILLS = _first_of(
 )
 DECODES = _first_of(triton_is_missing, is_unfit(DECODE, OLDEST))
 VERIFIES = _first_of(triton_is_missing, is_unfit(VERIFY, OLDEST), is_unfit(VERIFY_BFLOAT16, OLDEST))
+REPLAYS = _first_of(triton_is_missing, cute_is_unfit)
 
 
 def _has_no_scratch(spec: GdnSpec, device: Device) -> str | None:
@@ -57,7 +63,19 @@ def _has_no_scratch(spec: GdnSpec, device: Device) -> str | None:
     return shapes_are_unfit(spec, device)
 
 
-def _flashinfer(
+def _replay_is_unfit(spec: GdnSpec, device: Device) -> str | None:
+    """Return why the CuTe kernel cannot take a layer."""
+    ratio = spec.num_v_heads // spec.num_k_heads
+    if spec.conv_width != CONV_WIDTH:
+        return f"conv_width is {spec.conv_width}, needs {CONV_WIDTH}"
+    if spec.conv_state_dtype not in BFLOAT16:
+        return f"conv dtype is {spec.conv_state_dtype}, needs {BFLOAT16[0]}"
+    if ratio > MOST_RATIO:
+        return f"HV / H is {ratio}, needs at most {MOST_RATIO}"
+    return None
+
+
+def _hopper(
     op: Op,
     name: str,
     target: str,
@@ -67,7 +85,7 @@ def _flashinfer(
 ) -> Kernel:
     return Kernel(
         op=op,
-        name=f"flashinfer.{name}",
+        name=name,
         target=lazily(f"gdn_backend_cuda.{target}"),
         probe=probe,
         devices=("cuda",),
@@ -83,7 +101,7 @@ def _flashinfer(
 
 def _prefill(op: Op, name: str, target: str) -> Kernel:
     dtypes = (torch.bfloat16, torch.float16)
-    return _flashinfer(op, name, target, PREFILLS, dtypes, shapes_are_unfit)
+    return _hopper(op, f"flashinfer.{name}", target, PREFILLS, dtypes, shapes_are_unfit)
 
 
 TABLE = (
@@ -91,18 +109,26 @@ TABLE = (
     _prefill(Op.CHUNK_PREFILL, "chunk_prefill_cp", "flashinfer_prefill:make_chunk_prefill_cp"),
     _prefill(Op.PREFILL_STEP, "prefill_step", "prefill_step:make_prefill_step"),
     _prefill(Op.PREFILL_STEP, "prefill_step_cp", "prefill_step:make_prefill_step_cp"),
+    _hopper(
+        Op.VERIFY_STEP,
+        "cute.verify_step",
+        "cute_verify_step:make_verify_step",
+        REPLAYS,
+        BFLOAT16,
+        _replay_is_unfit,
+    ),
     *SHARED,
-    _flashinfer(
+    _hopper(
         Op.RECURRENT_DECODE,
-        "recurrent_decode",
+        "flashinfer.recurrent_decode",
         "flashinfer_decode:make_recurrent_decode",
         DECODES,
         BFLOAT16,
         _has_no_scratch,
     ),
-    _flashinfer(
+    _hopper(
         Op.MTP_VERIFY,
-        "mtp_verify",
+        "flashinfer.mtp_verify",
         "flashinfer_verify:make_mtp_verify",
         VERIFIES,
         BFLOAT16,

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from typing import Annotated
 
 import typer
@@ -14,14 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ci.resources import compilers, table
-from ci.resources.measure import GPUS
 
-Job = tuple[str, str]  # a GPU and a version of Triton
+Job = tuple[str, str]  # a GPU and a compiler
 
 
 def main(
     arch: Annotated[list[str] | None, typer.Option(help="Compile for this alone.")] = None,
-    triton: Annotated[list[str] | None, typer.Option(help="Compile with this alone.")] = None,
+    compiler: Annotated[
+        list[str] | None, typer.Option(help="Compile with this alone: triton-3.6.0.")
+    ] = None,
     write: Annotated[bool, typer.Option("--write", help="Write the tables again.")] = False,
     every: Annotated[
         bool, typer.Option("--every", help="Compile more layers; check limits alone. Hours.")
@@ -30,29 +30,30 @@ def main(
         bool, typer.Option("--models", help="Compile the models' steps alone, as CI does.")
     ] = False,
     install: Annotated[
-        bool, typer.Option("--install", help="Install the versions of Triton, and end.")
+        bool, typer.Option("--install", help="Install the compilers, and end.")
     ] = False,
 ) -> None:
     """Compile every kernel for every GPU, and compare what it needs with the tables."""
     if write and (every or models):
         raise typer.BadParameter("--write needs all calls of the tables: no --every, no --models")
     console = Console(soft_wrap=True)
-    versions = triton or compilers.versions()
-    for version in versions:
-        if not compilers.is_installed(version):
-            console.print(f"installing Triton {version} into {compilers.folder(version)}")
-            compilers.install(version)
+    chosen = compiler or compilers.names()
+    for name in chosen:
+        if not compilers.is_installed(name):
+            console.print(f"installing {name} into {compilers.folder(name)}")
+            compilers.install(name)
     if install:
         return
     calls = "every" if every else "models" if models else "table"
+    jobs = [(gpu, name) for name in chosen for gpu in compilers.gpus(name)]
     wrong = 0
-    for (gpu, version), found in _compile([*product(arch or GPUS, versions)], calls, console):
+    for (gpu, name), found in _compile([j for j in jobs if j[0] in (arch or j)], calls, console):
         lines = list(found.faults)
         if write:
-            table.write(gpu, version, found.rows)
+            table.write(gpu, name, found.rows)
         elif not every:
-            lines += table.differences(table.read(gpu, version), found)
-        console.print(f"{gpu}, Triton {version}: {len(found.rows)} kernels, {len(lines)} faults")
+            lines += table.differences(table.read(gpu, name), found)
+        console.print(f"{gpu}, {name}: {len(found.rows)} kernels, {len(lines)} faults")
         for line in lines:
             console.print(f"  {line}", highlight=False)
         wrong += len(lines)
@@ -66,7 +67,7 @@ def _compile(jobs: list[Job], calls: str, console: Console) -> Iterator[tuple[Jo
         Progress(*columns, TimeElapsedColumn(), console=console) as progress,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
-        done = progress.add_task("GPUs and versions of Triton", total=len(jobs))
+        done = progress.add_task("GPUs and compilers", total=len(jobs))
         kernels = progress.add_task("kernels", total=None)
 
         def run(job: Job) -> table.Found:

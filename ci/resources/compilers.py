@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The versions of Triton that the tables are for, each of which runs in a process of its own."""
+"""The compilers that the tables are for, each of which runs in a process of its own."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -14,54 +15,80 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ci.resources.measure import GPUS
+
 ROOT = Path(__file__).parents[2]
-OLDEST = "3.6.0"
+OLDEST_TRITON = "triton-3.6.0"
+CUTLASS = "nvidia-cutlass-dsl"
+CUTLASS_PINS = ROOT / "ci" / "cutlass.txt"
+CUTLASS_GPUS = ("sm90", "sm100")
 
 
-def versions() -> tuple[str, ...]:
-    """Return the oldest Triton that is supported, and the newest that was tested."""
-    if sys.version_info < (3, 11):  # the newest has no wheel for it
-        return (OLDEST,)
-    text = (ROOT / "ci" / "constraints.txt").read_text()
-    newest = re.search(r"^triton==([^\s;]+)", text, re.MULTILINE)
-    assert newest is not None
-    return OLDEST, newest[1]
+def names() -> tuple[str, ...]:
+    """Return the oldest Triton supported, the newest tested, and the CuTe DSL if it runs here."""
+    tritons = (OLDEST_TRITON, f"triton-{_pinned('triton', ROOT / 'ci' / 'constraints.txt')}")
+    if sys.version_info < (3, 11):  # the newest Triton has no wheel for it
+        return tritons[:1]
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return tritons
+    return (*tritons, f"cutlass-{_pinned(CUTLASS, CUTLASS_PINS)}")
 
 
-def folder(version: str) -> Path:
-    """Return where a version is installed that is not the environment's own."""
-    return Path(sys.prefix) / f"triton-{version}"
+def gpus(name: str) -> tuple[str, ...]:
+    """Return what a compiler compiles for."""
+    return CUTLASS_GPUS if _is_cutlass(name) else tuple(GPUS)
 
 
-def is_installed(version: str) -> bool:
-    """Return whether ``version`` is here, as the environment's own or beside it."""
-    return _is_own(version) or (folder(version) / "triton").exists()
+def folder(name: str) -> Path:
+    """Return where a compiler is installed that is not the environment's own."""
+    return Path(sys.prefix) / name
 
 
-def install(version: str) -> None:
-    """Install ``version`` beside the environment's own."""
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps"]
-    command += ["--target", str(folder(version)), f"triton=={version}"]
-    subprocess.run(command, check=True)
+def is_installed(name: str) -> bool:
+    """Return whether a compiler is here, as the environment's own or beside it."""
+    if _is_cutlass(name):
+        found = folder(name) / CUTLASS_PINS.name
+        return found.exists() and found.read_text() == CUTLASS_PINS.read_text()
+    return _is_own(name) or (folder(name) / "triton").exists()
 
 
-def compiled(arch: str, version: str, calls: str) -> Iterator[dict[str, Any]]:
+def install(name: str) -> None:
+    """Install a compiler beside the environment's own."""
+    wanted = ["-r", str(CUTLASS_PINS)] if _is_cutlass(name) else [name.replace("-", "==")]
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade"]
+    subprocess.run([*command, "--target", str(folder(name)), *wanted], check=True)
+    if _is_cutlass(name):
+        (folder(name) / CUTLASS_PINS.name).write_text(CUTLASS_PINS.read_text())
+
+
+def paths(name: str) -> list[Path]:
+    """Return where a process finds a compiler, and this project."""
+    found = [] if _is_own(name) else [folder(name)]
+    if _is_cutlass(name):
+        found.append(folder(name) / "nvidia_cutlass_dsl" / "dsl_packages")
+    return [*found, ROOT, ROOT / "backends"]
+
+
+def compiled(arch: str, name: str, calls: str) -> Iterator[dict[str, Any]]:
     """Yield what every kernel of a set of calls needs, and the end of every call.
 
     Args:
         arch: to compile for.
-        version: of Triton, which is installed.
+        name: of a compiler, which is installed.
         calls: ``"models"``, ``"table"`` or ``"every"``.
 
     Raises:
         RuntimeError: the process failed; says what it wrote.
     """
-    paths = [] if _is_own(version) else [str(folder(version))]
-    paths += [str(ROOT), str(ROOT / "backends")]
     with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryFile("w+") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ci.resources.compile", arch, version, calls],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": cache},
+            [sys.executable, "-m", "ci.resources.compile", arch, name, calls],
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(map(str, paths(name))),
+                "TRITON_CACHE_DIR": cache,
+                "CUTE_DSL_DUMP_DIR": cache,
+            },
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
@@ -71,11 +98,21 @@ def compiled(arch: str, version: str, calls: str) -> Iterator[dict[str, Any]]:
             yield from map(json.loads, process.stdout)
         if process.returncode:
             stderr.seek(0)
-            raise RuntimeError(f"{arch}, Triton {version}: {stderr.read().strip()}")
+            raise RuntimeError(f"{arch}, {name}: {stderr.read().strip()}")
 
 
-def _is_own(version: str) -> bool:
+def _is_cutlass(name: str) -> bool:
+    return name.startswith("cutlass-")
+
+
+def _pinned(distribution: str, file: Path) -> str:
+    found = re.search(rf"^{distribution}==([^\s;]+)", file.read_text(), re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def _is_own(name: str) -> bool:
     try:
-        return importlib.metadata.version("triton") == version
+        return name == f"triton-{importlib.metadata.version('triton')}"
     except importlib.metadata.PackageNotFoundError:
         return False

@@ -21,7 +21,7 @@ MORE_THAN_ANY_GPU = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A kernel as Triton compiled it.
+    """A kernel as it was compiled.
 
     Attributes:
         name: of the function.

@@ -107,7 +107,7 @@ def resident_warps(arch: str, warps: int, registers: int, shared: int) -> int:
 def faults_of(kernel: Compiled, arch: str, needs: Needs, said: str) -> list[str]:
     """Return what speaks against a kernel; ``said`` is what the compiler wrote to stderr."""
     gpu = GPUS[arch]
-    source = kernel.files["ttir"].read_text()
+    source = kernel.files["ttir"].read_text() if "ttir" in kernel.files else ""
     code = kernel.files["amdgcn" if arch.startswith("gfx") else "ptx"].read_text()
     spills = re.findall(r"^\s+\.vgpr_spill_count:\s+([1-9]\d*)$", code, re.MULTILINE)
     checks = {

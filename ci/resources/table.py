@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The committed tables of what kernels need: one for every GPU and version of Triton."""
+"""The committed tables of what kernels need: one for every GPU and compiler."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class Found:
         self.faults += [f"{': '.join(place)}: {fault}" for fault in line["faults"]]
 
 
-def path(arch: str, version: str) -> Path:
+def path(arch: str, compiler: str) -> Path:
     """Return the file of a table."""
-    return TABLES / f"{arch}-triton-{version}.csv"
+    return TABLES / f"{arch}-{compiler}.csv"
 
 
-def read(arch: str, version: str) -> Rows:
+def read(arch: str, compiler: str) -> Rows:
     """Return a table."""
-    with path(arch, version).open(newline="") as file:
+    with path(arch, compiler).open(newline="") as file:
         return {
             tuple(row[name] for name in KEY): Needs(
                 **{f.name: int(row[f.name]) for f in fields(Needs)}
@@ -67,10 +67,10 @@ def read(arch: str, version: str) -> Rows:
         }
 
 
-def write(arch: str, version: str, rows: Rows) -> None:
+def write(arch: str, compiler: str, rows: Rows) -> None:
     """Replace a table."""
     TABLES.mkdir(exist_ok=True)
-    with path(arch, version).open("w", newline="") as file:
+    with path(arch, compiler).open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(COLUMNS)
         table.writerows((*key, *asdict(needs).values()) for key, needs in rows.items())

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the host does for a launch of the replay kernel: it finds out whether the tensors fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gdn_backend_cuda.cute_replay.shape import ROOM, K, P, Shape
+from gdn_portable.metadata import GdnParams, ReplayDrafts, VerifyMetadata
+from gdn_portable.spec import GdnSpec
+
+# the axes whose strides the kernel takes, both in the order of ``Tensors``
+AXES: dict[str, tuple[int, ...]] = {
+    "state": (0, 1), "mixed": (0, 1), "weight": (0, 1), "bias": (0,), "window": (0, 1, 2),
+    "inputs": (0, 1), "a": (0, 1), "b": (0, 1), "A_log": (), "dt_bias": (), "kept_k": (0, 1, 2),
+    "kept_v": (0, 1, 2), "kept_g": (0, 1, 2), "kept_beta": (0, 1, 2), "out": (0, 1),
+}  # fmt: skip
+STATE, OUT = list(AXES).index("state"), list(AXES).index("out")
+# those that are contiguous along an axis
+CONTIGUOUS = {
+    "A_log": 0, "dt_bias": 0, "inputs": 2, "out": 2, "kept_k": 3, "kept_v": 3,
+}  # fmt: skip
+IN_BFLOAT16 = (
+    "mixed", "weight", "bias", "window", "inputs", "a", "b", "kept_k", "kept_v", "out",
+)  # fmt: skip
+IN_FLOAT32 = ("A_log", "kept_g", "kept_beta")
+# bytes of what is moved at once: bulk copies of the state, two outputs of a lane
+ALIGNMENT = {"state": 16, "out": 4}
+
+Given = Sequence[Tensor | None]  # in the order of AXES
+Layout = tuple[tuple[torch.dtype, tuple[int, ...]] | None, ...]  # of what is given
+
+
+class Kind(NamedTuple):
+    """What a call may leave out or bring in another dtype: each is compiled on its own."""
+
+    has_bias: bool
+    has_accepted: bool
+    float32_dt_bias: bool
+
+
+def kind_of(params: GdnParams, metadata: VerifyMetadata) -> Kind:
+    """Return the kind of a call."""
+    return Kind(
+        params.conv_bias is not None,
+        metadata.num_accepted is not None,
+        params.dt_bias.dtype is torch.float32,
+    )
+
+
+def shape_of(spec: GdnSpec, kind: Kind) -> Shape:
+    """Return what the kernel is compiled for."""
+    return Shape(
+        H=spec.num_k_heads, HV=spec.num_v_heads, is_float32=spec.state_dtype is torch.float32,
+        pad_slot=spec.pad_slot, scale=spec.q_scale, has_norm=spec.qk_l2norm,
+        has_silu=spec.activation == "silu", **kind._asdict(),
+    )  # fmt: skip
+
+
+def tensors_of(
+    mixed: Tensor, a: Tensor, b: Tensor, params: GdnParams, conv_state: Tensor, state: Tensor,
+    drafts: ReplayDrafts, out: Tensor,
+) -> Given:  # fmt: skip
+    """Return the tensors in the order of ``AXES``."""
+    return (
+        state, mixed, params.conv_weight, params.conv_bias, conv_state, drafts.conv_inputs, a, b,
+        params.A_log, params.dt_bias, drafts.k, drafts.v, drafts.g, drafts.beta, out,
+    )  # fmt: skip
+
+
+def is_served(metadata: VerifyMetadata, drafts: ReplayDrafts) -> bool:
+    """Return whether a batch is of chains of P drafts, with room for P that are pending."""
+    return (
+        metadata.max_drafts == P
+        and metadata.cu_seqlens is None
+        and not metadata.is_tree
+        and drafts.k.shape[1] == ROOM
+    )
+
+
+def layout_of(given: Given) -> Layout:
+    """Return what decides whether the tensors fit, but for where they start."""
+    return tuple([None if x is None else (x.dtype, x.stride()) for x in given])
+
+
+def strides_of(layout: Layout) -> tuple[int, ...] | None:
+    """Return the strides in bytes that the kernel takes; None where the tensors do not fit.
+
+    It costs tens of microseconds: to be kept by layout.
+    """
+    by_name = dict(zip(AXES, layout, strict=True))
+    dtypes = {name: part[0] for name, part in by_name.items() if part is not None}
+    strides = {name: part[1] for name, part in by_name.items() if part is not None}
+
+    def in_bytes(name: str) -> list[int]:
+        if name not in strides:
+            return [0 for _ in AXES[name]]
+        return [strides[name][axis] * dtypes[name].itemsize for axis in AXES[name]]
+
+    fits = (
+        all(dtypes.get(name, torch.bfloat16) is torch.bfloat16 for name in IN_BFLOAT16)
+        and all(dtypes[name] is torch.float32 for name in IN_FLOAT32)
+        and dtypes["dt_bias"] in (torch.float32, torch.bfloat16)
+        and strides["state"][2:] == (K, 1)
+        and all(strides[name][axis] == 1 for name, axis in CONTIGUOUS.items())
+        and not any(step % size for name, size in ALIGNMENT.items() for step in in_bytes(name))
+    )
+    return tuple(step for name in AXES for step in in_bytes(name)) if fits else None
+
+
+def numbers_of(
+    given: Given, strides: tuple[int, ...], metadata: VerifyMetadata, items: int
+) -> list[int] | None:
+    """Return what the kernel is started with; None where a tensor starts where it may not.
+
+    They are the fields of ``Tensors``, the addresses and strides of slots and of counts, and the
+    number of items.
+    """
+    addresses = [0 if x is None else x.data_ptr() for x in given]
+    if addresses[STATE] % ALIGNMENT["state"] or addresses[OUT] % ALIGNMENT["out"]:
+        return None
+    slots, counts = metadata.state_indices, metadata.num_accepted
+    # of int64 the lower half is read
+    indices = [slots.data_ptr(), slots.stride(0) * slots.itemsize, 0, 0]
+    if counts is not None:
+        indices[2:] = counts.data_ptr(), counts.stride(0) * counts.itemsize
+    return [*addresses, *strides, *indices, items]

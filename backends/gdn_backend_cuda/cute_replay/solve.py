@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the solver warps compute of an item: X, the values, and every head's R x R problem.
+
+All is written in the functions of ``ptx`` alone, passed as ``ops``, so that it also runs on lanes
+in NumPy. Rows of X: 0..3 the pending keys, 4..7 the new keys, 8..11 zeros, 12..15 the new queries.
+A query's product then lies in the lane, and at the place, where the tensor core leaves what D adds
+to it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from gdn_backend_cuda.cute_replay.shape import (
+    DECAY,
+    KEYS,
+    LEFT,
+    LOG2_E,
+    ROOM,
+    TERMS,
+    V_ROW,
+    X_ROW,
+    Item,
+    K,
+    P,
+    Shape,
+    Tensors,
+    V,
+    Value,
+    W,
+)
+
+
+def _channel(ops, shape: Shape, head, n, j):
+    """Return channel ``j`` of q, of k, or of a key head's value head ``n - 2``."""
+    if n < 2:
+        return ops.wide(head * K + n * shape.H * K + j)
+    return ops.wide((head * shape.heads + (n - 2)) * V + 2 * shape.H * K + j)
+
+
+class Filter(NamedTuple):
+    """The convolution's weights and bias of a channel."""
+
+    factors: Value
+    offset: Value
+
+
+def fetch_filters(ops, shape: Shape, x: Tensors, head, j) -> list[Filter]:
+    """Load the convolution's weights of a thread's channels."""
+    filters = []
+    for n in range(2 + shape.heads):
+        channel = _channel(ops, shape, head, n, j)
+        weight = x.weight + channel * x.weight_d
+        factors = [ops.global_u16(weight + i * x.weight_w) for i in range(W)]
+        offset = ops.global_u16(x.bias + channel * x.bias_d) if shape.has_bias else None
+        filters.append(Filter(factors, offset))
+    return filters
+
+
+class Channel(NamedTuple):
+    """What a slot has of a channel: inputs in front of the drafts, and what is pending."""
+
+    columns: Value
+    old: Value
+
+
+def _kept(ops, shape: Shape, x: Tensors, slot, head, n, j):
+    """Return where a channel of k or of a v is kept, and from step to step."""
+    if n == 1:
+        kept, kept_p = x.kept_k + slot * x.kept_k_s + ops.wide(head) * x.kept_k_h, x.kept_k_p
+    else:
+        value_head = ops.wide(head * shape.heads + (n - 2))
+        kept, kept_p = x.kept_v + slot * x.kept_v_s + value_head * x.kept_v_h, x.kept_v_p
+    return kept + ops.wide(j) * 2, kept_p
+
+
+def fetch_drafts(ops, shape: Shape, x: Tensors, row, head, j) -> list[Value]:
+    """Load the new inputs of a thread's channels."""
+    drafted = []
+    for n in range(2 + shape.heads):
+        at = x.mixed + row * x.mixed_t + _channel(ops, shape, head, n, j) * x.mixed_d
+        drafted.append([ops.global_u16(at + t * x.mixed_t) for t in range(P)])
+    return drafted
+
+
+def fetch_channels(ops, shape: Shape, x: Tensors, item: Item, j) -> list[Channel]:
+    """Load what a slot has of a thread's channels."""
+    slot, pending, _, head = item
+    channels = []
+    for n in range(2 + shape.heads):
+        channel = _channel(ops, shape, head, n, j)
+        window = x.window + slot * x.window_s + channel * x.window_d
+        inputs = x.inputs + slot * x.inputs_s + channel * 2
+        columns = []
+        for i in range(W - 1):
+            at = ops.wide(pending + (i + 1 - W))
+            old = window + (at + (W - 1)) * x.window_l
+            place = ops.select(at < 0, old, inputs + at * x.inputs_p)
+            columns.append(ops.global_u16(place))
+        old = []
+        if n >= 1:
+            kept, kept_p = _kept(ops, shape, x, slot, head, n, j)
+            old = [ops.global_u16(kept + r * kept_p) for r in range(ROOM)]
+        channels.append(Channel(columns, old))
+    return channels
+
+
+def gather(ops, shape: Shape, x: Tensors, item: Item, j, buffer, filters, drafted,
+           channels) -> None:  # fmt: skip
+    """Run the convolution on channel ``j`` of q, k and every v, put all into X and the values.
+
+    The new drafts take the place of the pending ones, and the window moves up to the drafts.
+    """
+    slot, pending, _, head = item
+    for n in range(2 + shape.heads):
+        (factors, offset), (columns, old) = filters[n], channels[n]
+        columns = [*columns, *drafted[n]]
+        factors = [ops.here(factor) for factor in factors]
+        channel = _channel(ops, shape, head, n, j)
+        window = x.window + slot * x.window_s + channel * x.window_d
+        inputs = x.inputs + slot * x.inputs_s + channel * 2
+        if n < 2:
+            target, pitch = buffer, X_ROW
+        else:
+            target, pitch = buffer + (shape.values + (n - 2) * KEYS * V_ROW), V_ROW
+        target = target + j * 2
+        for r, word in enumerate(old):
+            word = ops.select(pending > r, word, ops.no_bits())
+            ops.put_u16(target + r * pitch, word)
+        for t in range(P):
+            y = ops.zero() if offset is None else ops.low_bf16(ops.here(offset))
+            for i in range(W):
+                y = y + ops.low_bf16(columns[t + i]) * ops.low_bf16(factors[i])
+            if shape.has_silu:
+                root = ops.reciprocal_root(ops.exp2(y * ops.number(-LOG2_E)) + ops.one())
+                y = y * root * root
+            word = ops.round_bf16(y, ops.zero())
+            first = 12 if n == 0 else ROOM
+            ops.put_u16(target + (first + t) * pitch, word)
+            if n >= 1:
+                kept, kept_p = _kept(ops, shape, x, slot, head, n, j)
+                ops.store_u16_if(pending >= 0, kept + t * kept_p, word)
+        for i in range(W - 1):
+            ops.store_u16_if(pending > 0, window + i * x.window_l, columns[i])
+        for t in range(P):
+            ops.store_u16_if(pending >= 0, inputs + t * x.inputs_p, columns[W - 1 + t])
+
+
+def products(ops, lane, buffer):
+    """Return X times its keys and times its queries, as the tensor core leaves them."""
+    g, t = lane >> 2, lane & 3
+    sums = [[(ops.zero(),) * 4] * 2 for _ in range(2)]
+    for n in range(K // 16):
+        at = buffer + g * X_ROW + t * 8 + n * 32
+        a0, a2 = ops.shared_words(at, 2)
+        a1, a3 = ops.shared_words(at + 8 * X_ROW, 2)
+        keys, queries = sums[n & 1]
+        keys = ops.product16((a0, a1, a2, a3), (a0, a2), keys)
+        queries = ops.product16((a0, a1, a2, a3), (a1, a3), queries)
+        sums[n & 1] = [keys, queries]
+    return [[x + y for x, y in zip(one, two, strict=True)] for one, two in zip(*sums, strict=True)]
+
+
+def softplus(ops, x):
+    """Return log(1 + exp(x)), and x itself above 20."""
+    e = ops.exp(ops.select(x > 20.0, ops.number(20.0), x))
+    u = ops.add(ops.one(), e)
+    rest = ops.add(u, ops.number(-1.0))
+    is_small = u == 1.0
+    safe = ops.select(is_small, ops.one(), rest)
+    log1p = ops.select(is_small, e, ops.log(u) * (e / safe))
+    return ops.select(x > 20.0, x, log1p)
+
+
+class Rates(NamedTuple):
+    """What a layer has of a value head's gates."""
+
+    A_log: Value
+    dt_bias: Value
+
+
+class Gates(NamedTuple):
+    """What a lane has loaded of a value head's gates, of step ``lane % 4``: new, then pending."""
+
+    a: Value
+    b: Value
+    g: Value
+    beta: Value
+
+
+class Decays(NamedTuple):
+    """Of step ``lane % 8``: the sum of g up to it, coarse and the rest, and beta."""
+
+    total: Value
+    fine: Value
+    beta: Value
+
+
+def fetch_rates(ops, shape: Shape, x: Tensors, value_head) -> Rates:
+    """Load what a layer has of a value head."""
+    head = ops.wide(value_head)
+    A_log = ops.global_float(x.A_log + head * 4)
+    if shape.float32_dt_bias:
+        return Rates(A_log, ops.global_float(x.dt_bias + head * 4))
+    return Rates(A_log, ops.global_u16(x.dt_bias + head * 2))
+
+
+def _kept_gates(ops, x: Tensors, slot, value_head, lane):
+    """Return where g and beta are kept."""
+    head, step = ops.wide(value_head), ops.wide(lane & 3)
+    g = x.kept_g + slot * x.kept_g_s + step * x.kept_g_p + head * x.kept_g_h
+    beta = x.kept_beta + slot * x.kept_beta_s + step * x.kept_beta_p + head * x.kept_beta_h
+    return g, beta
+
+
+def fetch_new_gates(ops, x: Tensors, row, value_head, lane) -> tuple[Value, Value]:
+    """Load a value head's new gates."""
+    head, token = ops.wide(value_head), row + ops.wide(lane & 3)
+    a = ops.global_u16(x.a + token * x.a_t + head * x.a_h)
+    b = ops.global_u16(x.b + token * x.b_t + head * x.b_h)
+    return a, b
+
+
+def fetch_pending(ops, x: Tensors, slot, value_head, lane) -> tuple[Value, Value]:
+    """Load a value head's pending gates."""
+    g, beta = _kept_gates(ops, x, slot, value_head, lane)
+    return ops.global_float(g), ops.global_float(beta)
+
+
+def decays(ops, shape: Shape, x: Tensors, item: Item, value_head, lane, is_mine, rates: Rates,
+           gates: Gates) -> Decays:  # fmt: skip
+    """Compute a value head's gates and keep them; return the sums."""
+    r, step = lane & 7, lane & 3
+    a, b = ops.low_bf16(ops.here(gates.a)), ops.low_bf16(ops.here(gates.b))
+    A_log = ops.shuffle(rates.A_log, lane)  # nothing waits in front of a loop for its load
+    dt_bias = rates.dt_bias if shape.float32_dt_bias else ops.low_bf16(rates.dt_bias)
+    g = ops.zero() - ops.exp(A_log) * softplus(ops, a + dt_bias)
+    beta = ops.one() / (ops.one() + ops.exp(ops.zero() - b))
+    ops.sync_warp()  # a lane keeps what is new where another has loaded what is pending
+    is_new = (lane >= ROOM) & (lane < KEYS) & is_mine
+    kept_g, kept_beta = _kept_gates(ops, x, item.slot, value_head, lane)
+    ops.store_float_if(is_new, kept_g, g)
+    ops.store_float_if(is_new, kept_beta, beta)
+    nothing = ops.zero()
+    g = ops.select(r < ROOM, ops.select(step < item.pending, gates.g, nothing), g)
+    beta = ops.select(r < ROOM, ops.select(step < item.pending, gates.beta, nothing), beta)
+    # sums of multiples of 2^-10 are exact; below -104 exp is 0
+    g = ops.select(g < -104.0, ops.number(-104.0), g)
+    total = ops.add(ops.add(g, ops.number(12288.0)), ops.number(-12288.0))
+    fine = g - total
+    for n in (1, 2, 4):
+        others = ops.shuffle(total, (lane - n) & 31), ops.shuffle(fine, (lane - n) & 31)
+        total = total + ops.select(r >= n, others[0], nothing)
+        fine = fine + ops.select(r >= n, others[1], nothing)
+    return Decays(total, fine, beta)
+
+
+def solve(ops, shape: Shape, sums, of: Decays, lane, scratch, solved) -> None:
+    """Solve the R x R problem of one value head."""
+    keys, queries = sums
+    g, t, r = lane >> 2, lane & 3, lane & 7
+    nothing = ops.zero()
+    # norms, in the lanes that hold the squares
+    inverse, of_query = ops.one(), ops.number(shape.scale)
+    if shape.has_norm:
+        is_odd = (g & 1) == 1
+        square = ops.select(is_odd, keys[1], keys[0])
+        inverse = ops.reciprocal_root(square + ops.number(1e-6))
+        square = ops.select(is_odd, queries[3], queries[2])
+        of_query = ops.reciprocal_root(square + ops.number(1e-6)) * of_query
+
+    def norm_of(x, row):
+        return ops.shuffle(x, row * 4 + (row >> 1)) if shape.has_norm else x
+
+    # rows g and g + 8 of what couples steps: a query's decay is its key's
+    total, fine, beta = (ops.shuffle(x, g) for x in of)
+    norm, norm_query = norm_of(inverse, g), norm_of(of_query, g)
+    key_row, query_row = [], []
+    for n in range(2):
+        j = t * 2 + n
+        between = total - ops.shuffle(of.total, j)
+        decay = ops.exp(between + (fine - ops.shuffle(of.fine, j)))
+        other = norm_of(inverse, j)
+        value = ops.zero() - beta * (keys[n] * norm * other * decay)
+        key_row.append(ops.as_word(ops.select(j < g, value, nothing)))
+        value = keys[2 + n] * norm_query * other * decay
+        query_row.append(ops.as_word(ops.select(j <= g, value, nothing)))
+    at = scratch + lane * 8
+    ops.put_words(at, key_row)
+    ops.put_words(at + 256, query_row)
+    # what needs no substitution
+    old, old_fine = ops.shuffle(of.total, ROOM - 1), ops.shuffle(of.fine, ROOM - 1)
+    norm = ops.select(lane < KEYS, norm_of(inverse, r), norm_of(of_query, r))
+    is_row = (lane < KEYS) | (lane >= 12)
+    decay = ops.select(is_row, norm * ops.exp(of.total + of.fine), nothing)
+    ops.put_float_if(lane < 16, solved + DECAY + (lane & 15) * 4, decay)
+    left = norm * ops.exp((old - of.total) + (old_fine - of.fine))
+    left = ops.select(lane < ROOM, left, ops.select(lane == KEYS, ops.exp(old + old_fine), nothing))
+    ops.put_float_if(lane <= KEYS, solved + LEFT + (lane & 15) * 4, left)
+    ops.sync_warp()
+    # column r of the solution; query q in eight lanes
+    q = lane >> 3
+    rows: list[Value] = []
+
+    def product(total, at, count):
+        for first in range(0, count, 4):
+            words = ops.shared_words(at + first * 4, 4)
+            for word, row in zip(words, rows[first:count], strict=False):
+                total = total + ops.as_float(word) * row
+        return total
+
+    for i in range(KEYS):
+        row = product(ops.select(r == i, of.beta, nothing), scratch + i * 32, i)
+        rows.append(row)
+    query = product(ops.zero(), scratch + 256 + (q + ROOM) * 32, KEYS)
+    key = ops.select(
+        q < 2, ops.select(q == 0, rows[0], rows[1]), ops.select(q == 2, rows[2], rows[3])
+    )
+    for i, x in ((0, key), (ROOM, query)):
+        for term in range(TERMS):
+            word, x, _ = ops.upper_halves(x, ops.zero())
+            ops.put_u16(solved + term * 128 + i * 16 + lane * 2, word)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer's verification of drafts by replay in one kernel, the states read and written once.
+
+It takes chains of 4 drafts with room for 4 that are pending, everything in bfloat16 but the state,
+the gates that are kept and the rates. Calls for anything else go to the Triton kernels: other
+protocols, trees, chains of different lengths or of another length, other dtypes and strides, and
+batches so small that those are faster. Calls that are wrong go there too, to be refused.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from gdn_backend_triton.gated_rms_norm import make_gated_rms_norm
+from gdn_backend_triton.launch import refuse_gradients
+from gdn_backend_triton.verify_step import make_verify_step as make_triton_step
+from torch import Tensor
+
+from gdn_backend_cuda.cute_replay.kernel import Start, start_of
+from gdn_backend_cuda.cute_replay.plan import (
+    Kind,
+    is_served,
+    kind_of,
+    layout_of,
+    numbers_of,
+    shape_of,
+    strides_of,
+    tensors_of,
+)
+from gdn_portable.interface import VerifyStep
+from gdn_portable.metadata import Drafts, GdnParams, ReplayDrafts, VerifyMetadata, draft_protocol
+from gdn_portable.spec import Device, GdnSpec
+from gdn_portable.state import StatePool
+
+# sequences times key heads from which on it is faster. H200, H16/HV32, P = 4, cold, in us at B = 1,
+# 8, 32, 128: with float32 states 10.3, 13.2, 45.1, 163.5, where Triton takes 9.5, 16.6, 51.8, 182;
+# with bfloat16 8.2, 10.1, 26.1, 91.5, and Triton 7.6, 11.6, 33.7, 113.4
+LEAST_ITEMS = 128
+LAYOUTS = 64  # of a step's tensors that are remembered
+
+
+def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> VerifyStep:
+    """Return the op; ``deterministic`` sends small batches to the kernel as well."""
+    H, HV, V = spec.num_k_heads, spec.num_v_heads, spec.head_v_dim
+    triton_step = make_triton_step(spec, device, deterministic=deterministic)
+    gated_rms_norm = make_gated_rms_norm(spec, device, deterministic=deterministic)
+    strides = lru_cache(LAYOUTS)(strides_of)
+    starts: dict[Kind, Start] = {}
+
+    def started(
+        mixed_qkv: Tensor, a: Tensor, b: Tensor, params: GdnParams, pool: StatePool,
+        metadata: VerifyMetadata, drafts: ReplayDrafts, out: Tensor | None,
+    ) -> Tensor | None:  # fmt: skip
+        """Start the kernel and return the outputs; None where it does not serve the call."""
+        if pool.conv_state is None or pool.state is None or not is_served(metadata, drafts):
+            return None
+        kind = kind_of(params, metadata)
+        start = starts.get(kind)
+        if start is None:
+            # whatever the batch: a warm-up with a small one compiles for all
+            start = starts[kind] = start_of(shape_of(spec, kind), device.arch)
+        T = mixed_qkv.shape[0]
+        items = T // metadata.max_drafts * H
+        if not items or (items < LEAST_ITEMS and not deterministic):
+            return None
+        if out is None:
+            out = torch.empty(T, HV, V, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
+        given = tensors_of(mixed_qkv, a, b, params, pool.conv_state, pool.state, drafts, out)
+        steps = strides(layout_of(given))
+        numbers = None if steps is None else numbers_of(given, steps, metadata, items)
+        if numbers is None:
+            return None
+        start(numbers)
+        return out
+
+    def verify_step(
+        mixed_qkv: Tensor, a: Tensor, b: Tensor, params: GdnParams, pool: StatePool, *,
+        metadata: VerifyMetadata, drafts: Drafts | None = None, gate: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        refuse_gradients(mixed_qkv)
+        draft_protocol(metadata, drafts)
+        weight = params.norm_weight
+        o = None
+        if isinstance(drafts, ReplayDrafts) and (gate is None or weight is not None):
+            o = started(mixed_qkv, a, b, params, pool, metadata, drafts, out)
+        if o is None:
+            return triton_step(
+                mixed_qkv, a, b, params, pool, metadata=metadata, drafts=drafts, gate=gate, out=out
+            )
+        if gate is None or weight is None:
+            return o
+        gate = gate.unflatten(-1, (HV, V)) if gate.dim() == 2 else gate
+        return gated_rms_norm(o, gate, weight, eps=params.norm_eps, out=o)
+
+    return verify_step

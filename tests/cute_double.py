@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CuTe kernel for a CPU: its own maths, lane by lane, in the place of its module."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import gdn_backend_cuda
+import numpy as np
+import pytest
+from gdn_backend_cuda.cute_replay import apply, solve
+from gdn_backend_cuda.cute_replay.shape import (
+    CONSUMERS,
+    KEYS,
+    ROOM,
+    ROWS,
+    SCRATCH,
+    SOLVED,
+    SOLVERS,
+    V_ROW,
+    X_ROW,
+    Item,
+    P,
+    Shape,
+    Tensors,
+)
+from torch import Tensor
+
+from gdn_portable import Device
+from tests.cute_lanes import Lanes, Space
+
+KERNEL = "gdn_backend_cuda.cute_replay.kernel"
+LAUNCHER = Path(gdn_backend_cuda.__file__).parent / "cute_verify_step.py"
+HOPPER = Device("cuda", "sm90")
+
+
+class Double:
+    """What makes the op, with a kernel that runs on lanes.
+
+    Attributes:
+        launcher: the launcher's module, a copy of its own.
+        compiled: the shapes that were asked for.
+        started: how often the kernel was started.
+        memory: tensors that lie in what the kernel may read and write.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.compiled: list[Shape] = []
+        self.started = 0
+        self.memory: list[Tensor] = []
+        kernel = ModuleType(KERNEL)
+        vars(kernel).update(start_of=self.start_of, Start=object)
+        monkeypatch.setitem(sys.modules, KERNEL, kernel)
+        found = importlib.util.spec_from_file_location("cute_verify_step_on_lanes", LAUNCHER)
+        assert found is not None and found.loader is not None
+        self.launcher = importlib.util.module_from_spec(found)
+        found.loader.exec_module(self.launcher)
+
+    def start_of(self, shape: Shape, arch: str) -> Callable[[Sequence[int]], None]:
+        assert arch == HOPPER.arch
+        self.compiled.append(shape)
+
+        def start(numbers: Sequence[int]) -> None:
+            self.started += 1
+            # what lanes compute and do not use may be anything
+            with np.errstate(all="ignore"):
+                run(shape, Space.of(self.memory), numbers)
+
+        return start
+
+
+def run(shape: Shape, memory: Space, numbers: Sequence[int]) -> None:
+    """Take every item as the kernel does: solver warps, then each consumer warp."""
+    *fields, indices, indices_b, accepted, accepted_b, items = numbers
+    x = Tensors(*map(np.int64, fields))
+    lanes = Lanes(memory, Space.shared(shape.shared))
+
+    def word(address: int) -> int:
+        (number,) = memory.data[memory.at(np.array([address]), 4)].view(np.int32)[0]
+        return int(number)
+
+    for n in range(items):
+        sequence, head = divmod(n, shape.H)
+        slot = word(indices + sequence * indices_b)
+        pending = word(accepted + sequence * accepted_b) if shape.has_accepted else 0
+        pending = min(max(pending, 0), ROOM)
+        item = Item(np.int64(slot), np.int64(pending), np.int64(sequence * P), head)
+        lanes.space.data[:] = 0xFF  # NaN
+        zeros = shape.buffers_at + KEYS * X_ROW
+        lanes.space.data[zeros : zeros + 4 * X_ROW] = 0
+        if slot > shape.pad_slot:
+            _solve(lanes, shape, x, item)
+        _apply(lanes, shape, x, item)
+
+
+def _solve(lanes: Lanes, shape: Shape, x: Tensors, item: Item) -> None:
+    buffer, lane, thread = shape.buffers_at, np.arange(32), np.arange(32 * SOLVERS)
+    lanes.lanes = len(thread)
+    filters = solve.fetch_filters(lanes, shape, x, item.head, thread)
+    drafted = solve.fetch_drafts(lanes, shape, x, item.row, item.head, thread)
+    channels = solve.fetch_channels(lanes, shape, x, item, thread)
+    solve.gather(lanes, shape, x, item, thread, buffer, filters, drafted, channels)
+    lanes.lanes = len(lane)
+    for n in range(shape.heads):
+        head = item.head * shape.heads + n
+        new = solve.fetch_new_gates(lanes, x, item.row, head, lane)
+        gates = solve.Gates(*new, *solve.fetch_pending(lanes, x, item.slot, head, lane))
+        rates = solve.fetch_rates(lanes, shape, x, head)
+        decays = solve.decays(lanes, shape, x, item, head, lane, True, rates, gates)
+        products = solve.products(lanes, lane, buffer)
+        scratch = shape.scratch_at + n % SOLVERS * SCRATCH * 4
+        solved = buffer + shape.solved + n * SOLVED
+        solve.solve(lanes, shape, products, decays, lane, scratch, solved)
+
+
+def _apply(lanes: Lanes, shape: Shape, x: Tensors, item: Item) -> None:
+    buffer, lane, tile = shape.buffers_at, np.arange(32), 0
+    for warp in range(CONSUMERS):
+        for_Y, for_change = apply.operands(lanes, shape, lane, buffer)
+        for n in range(shape.heads):
+            head, first_row = item.head * shape.heads + n, warp * ROWS
+            if item.slot <= shape.pad_slot:
+                apply.zeros(lanes, x, item, head, lane, first_row)
+                continue
+            solved = buffer + shape.solved + n * SOLVED
+            values = buffer + shape.values + n * KEYS * V_ROW
+            source = x.state + item.slot * x.state_s + head * x.state_h + warp * shape.tile
+            rows = lanes.memory.at(source + np.arange(shape.tile // 16) * 16, 16)
+            staged = lanes.space.data[tile : tile + shape.tile].reshape(rows.shape)
+            staged[:] = lanes.memory.data[rows]
+            products = apply.multiply(lanes, shape, lane, tile, for_Y)
+            D = apply.attend(lanes, x, item, head, lane, first_row, values, solved, products)
+            if item.pending > 0:
+                apply.update(lanes, shape, lane, tile, solved, D, for_change)
+                lanes.memory.data[rows] = staged

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CuTe kernel as it is compiled, run on a CPU: whatever is late, it waits for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from gdn_backend_cuda.cute_replay.shape import CONSUMERS, SOLVERS, Shape
+
+from ci.resources import compilers
+from gdn_portable import GdnSpec, bind
+from tests.calls import leaves
+from tests.cute_cases import SPEC, replay_case
+from tests.cute_double import HOPPER, Double
+from tests.cute_lanes import Space
+from tests.ptx_block import Block, DeadlockError
+from tests.ptx_program import Program, Statement, parse
+
+CUTLASS = next((name for name in compilers.names() if name.startswith("cutlass-")), None)
+if CUTLASS is None or not compilers.is_installed(CUTLASS):
+    pytest.skip("needs the CuTe DSL: python -m ci.resources --install", allow_module_level=True)
+
+COMPILE = """
+from gdn_backend_cuda.cute_replay.kernel import compile_for
+from gdn_backend_cuda.cute_replay.shape import Shape
+print(compile_for({shape}, "sm90", "--keep-ptx").__ptx__)
+"""
+ONE_HEAD = replace(SPEC, num_k_heads=1, num_v_heads=1)
+BFLOAT16 = replace(SPEC, num_v_heads=2, state_dtype=torch.bfloat16)
+# the layer, sequences, blocks, and what a call brings
+KINDS: dict[str, tuple[GdnSpec, int, int, dict[str, bool]]] = {
+    "fp32 state, ratio 2": (replace(SPEC, num_k_heads=1, num_v_heads=2), 5, 2, {"bias": True}),
+    "fp32 state, one head": (ONE_HEAD, 7, 1, {}),
+    "fp32 state, none pending": (ONE_HEAD, 3, 2, {"fresh": True}),
+    "bf16 state, ties": (BFLOAT16, 5, 4, {"ties": True}),
+}
+Change = Callable[[Program], Program]
+
+
+@cache
+def _program(shape: Shape, dumps: str) -> Program:
+    assert CUTLASS is not None
+    paths = os.pathsep.join(map(str, compilers.paths(CUTLASS)))
+    environment = {**os.environ, "PYTHONPATH": paths, "CUTE_DSL_DUMP_DIR": dumps}
+    command = [sys.executable, "-c", COMPILE.format(shape=shape)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return parse(done.stdout)
+
+
+class Machine:
+    """Runs the op with the kernel's PTX."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, dumps: str) -> None:
+        self.double = Double(monkeypatch)
+        self.dumps = dumps
+        monkeypatch.setattr(self.double.launcher, "LEAST_ITEMS", 1)
+        monkeypatch.setattr(self.double.launcher, "start_of", self.start_of)
+
+    def start_of(self, shape: Shape, arch: str) -> Callable[[Sequence[int]], None]:
+        program = self.change(_program(shape, self.dumps))
+
+        def start(numbers: Sequence[int]) -> None:
+            memory, rng = Space.of(self.double.memory), random.Random(self.seed)
+            blocks = [
+                Block(
+                    program, numbers, memory, Space.shared(shape.shared),
+                    32 * (CONSUMERS + SOLVERS), n, self.blocks, rng,
+                )
+                for n in range(self.blocks)
+            ]  # fmt: skip
+            for block in blocks:
+                block.run()
+
+        return start
+
+    def check(self, kind: str, seed: int, change: Change = lambda program: program) -> None:
+        spec, B, self.blocks, options = KINDS[kind]
+        self.seed, self.change = seed, change
+        step = self.double.launcher.make_verify_step(spec, HOPPER, deterministic=False)
+
+        def verify_step(**arguments: Any) -> torch.Tensor:
+            self.double.memory = list(leaves(arguments).values())
+            return step(**arguments)
+
+        ops = dataclasses.replace(bind(spec, "cpu", backend="reference"), verify_step=verify_step)
+        replay_case(spec, B, seed=seed, **options).check(ops)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    return Machine(monkeypatch, str(tmp_path_factory.getbasetemp()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_compiled_kernel_passes_whatever_lands_when(machine: Machine, kind: str) -> None:
+    machine.check(kind, seed=0)
+
+
+# in the order of the text; the first barrier is for speed alone, and other groups are waited for
+# where none has to be under way
+WAITS = (*(("try_wait", n) for n in range(1, 6)), ("wait_group", 3))
+
+
+def _without(op: str, number: int) -> Change:
+    """Return what makes a program go on at one of its waits."""
+
+    def change(program: Program) -> Program:
+        waits = [n for n, statement in enumerate(program.statements) if op in statement.op]
+        at = waits[number]
+        passed = Statement("fence", ())
+        if op == "try_wait":
+            passed = Statement("mov.pred", (program.statements[at].operands[0], "1"))
+        before, after = program.statements[:at], program.statements[at + 1 :]
+        return replace(program, statements=(*before, passed, *after))
+
+    return change
+
+
+@pytest.mark.parametrize(("op", "number"), WAITS)
+def test_a_kernel_that_does_not_wait_is_found_out(machine: Machine, op: str, number: int) -> None:
+    with pytest.raises((AssertionError, DeadlockError), match=r"is off|has NaN|warps wait"):
+        machine.check("fp32 state, one head", 0, _without(op, number))
