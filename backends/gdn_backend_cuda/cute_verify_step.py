@@ -34,8 +34,8 @@ from gdn_portable.spec import Device, GdnSpec
 from gdn_portable.state import StatePool
 
 # sequences times key heads from which on it is faster. H200, H16/HV32, P = 4, cold, in us at B = 1,
-# 8, 32, 128: with float32 states 10.3, 13.2, 45.1, 163.5, where Triton takes 9.5, 16.6, 51.8, 182;
-# with bfloat16 8.2, 10.1, 26.1, 91.5, and Triton 7.6, 11.6, 33.7, 113.4
+# 8, 32, 128: with float32 states 10.3, 13.4, 44.2, 162, where Triton takes 9.5, 16.6, 51.8, 182;
+# with bfloat16 8.2, 10.2, 26.7, 93.2, and Triton 7.6, 11.6, 33.7, 113
 LEAST_ITEMS = 128
 LAYOUTS = 64  # of a step's tensors that are remembered
 
