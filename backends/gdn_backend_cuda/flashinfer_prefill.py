@@ -7,6 +7,7 @@ import importlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -60,7 +61,7 @@ class Rule(Protocol):
 
 def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -> ChunkPrefill:
     """Return the op: one kernel walks every sequence."""
-    return _op_of(make_rule(spec, use_cp=False), spec)
+    return _make_op(spec, use_cp=False)
 
 
 def make_chunk_prefill_cp(spec: GdnSpec, device: Device, *, deterministic: bool) -> ChunkPrefill:
@@ -68,10 +69,13 @@ def make_chunk_prefill_cp(spec: GdnSpec, device: Device, *, deterministic: bool)
 
     Where they are cut depends on the batch, so ``deterministic`` cuts none.
     """
-    return _op_of(make_rule(spec, use_cp=not deterministic), spec)
+    return _make_op(spec, use_cp=not deterministic)
 
 
-def _op_of(rule: Rule, spec: GdnSpec) -> ChunkPrefill:
+def _make_op(spec: GdnSpec, *, use_cp: bool) -> ChunkPrefill:
+    # norms are applied, and beta made up for them, in front of it
+    rule = make_rule(replace(spec, qk_l2norm=False), use_cp=use_cp)
+
     def chunk_prefill(
         q: Tensor,
         k: Tensor,
@@ -86,7 +90,7 @@ def _op_of(rule: Rule, spec: GdnSpec) -> ChunkPrefill:
     ) -> Tensor:
         refuse_gradients(v)
         if spec.qk_l2norm:
-            q, k = unit(q, k)
+            q, k, beta = unit(q, k, beta)
         return rule(
             q,
             k,

@@ -36,10 +36,19 @@ def first_row(start, n, EVERY: tl.constexpr):
     return start // EVERY + n
 
 
+@triton.jit
+def _correction(key):
+    """Return what makes up in beta for what rounding did to the length of a unit vector."""
+    squares = tl.sum(key * key, 1)
+    # farther from 1 is no rounding: a key near zero
+    is_rounded = tl.abs(squares - 1.0) < MOST_ROUNDED
+    return tl.where(is_rounded, 1.0 / tl.where(is_rounded, squares, 1.0), 1.0)
+
+
 @triton.jit(do_not_specialize=STEP_SIZES)
 def _unit(
-    q, k, out, num_rows, q_t, q_h, k_t, k_h, H: tl.constexpr, K: tl.constexpr,
-    ROWS: tl.constexpr,
+    q, k, beta, out, strength, num_rows, q_t, q_h, k_t, k_h, b_t, b_h, H: tl.constexpr,
+    HV: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     i = tl.arange(0, K)[None, :]
@@ -50,7 +59,15 @@ def _unit(
     key = tl.load(k + of // H * k_t + of % H * k_h + i, mask=inside & is_key, other=0.0)
     value = query.to(tl.float32) + key.to(tl.float32)
     value *= tl.rsqrt(tl.sum(value * value, 1) + 1e-6)[:, None]
-    tl.store(out + row * K + i, value.to(out.dtype.element_ty), mask=inside)
+    value = value.to(out.dtype.element_ty)
+    tl.store(out + row * K + i, value, mask=inside)
+    RATIO: tl.constexpr = HV // H
+    n = tl.arange(0, HEADS)[None, :]
+    head = of % H * RATIO + n
+    mask = inside & is_key & (n < RATIO)
+    by = _correction(value.to(tl.float32))[:, None]
+    given = tl.load(beta + of // H * b_t + head * b_h, mask=mask, other=0.0)
+    tl.store(strength + of // H * HV + head, given * by, mask=mask)
 
 
 @triton.jit(do_not_specialize=(*STEP_SIZES, "own"), do_not_specialize_on_alignment=STEP_TENSORS)
@@ -77,12 +94,8 @@ def _place(
         if keys is not None:
             at = keys + row.to(tl.int64)[:, None] * K + tl.arange(0, K)[None, :]
             key = tl.load(at, mask=(row < num_rows)[:, None], other=0.0).to(tl.float32)
-            squares = tl.sum(key * key, 1)
-            # farther from 1 is no rounding: a key near zero
-            is_rounded = tl.abs(squares - 1.0) < MOST_ROUNDED
-            by = tl.where(is_rounded, 1.0 / tl.where(is_rounded, squares, 1.0), 1.0)
             value = tl.load(beta + t * b_t + head * b_h, mask=mask, other=0.0)
-            tl.store(strength + t * HV + head, value * by[:, None], mask=mask)
+            tl.store(strength + t * HV + head, value * _correction(key)[:, None], mask=mask)
         return
     program -= gates
     if program < lists:
@@ -164,17 +177,21 @@ def _clear(
         tl.store(at, value.to(out.dtype.element_ty), mask=inside)
 
 
-def unit(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Return q and k [T, H, K] normalised over K, rounded to their dtype and contiguous."""
-    T, H, K = q.shape
+def unit(q: Tensor, k: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q and k [T, H, K] normalised over K, and beta [T, HV] for the keys as they are then.
+
+    q and k are rounded to their dtype and contiguous.
+    """
+    (T, H, K), HV = q.shape, beta.shape[1]
     if q.stride(2) != 1 or k.stride(2) != 1:
         q, k = q.contiguous(), k.contiguous()
     out = torch.empty((2, T, H, K), dtype=q.dtype, device=q.device)
+    strength = torch.empty((T, HV), dtype=torch.float32, device=q.device)
     _unit[(ceil_div(2 * T * H, UNITS),)](
-        q, k, out, T * H, *q.stride()[:2], *k.stride()[:2], H, K, UNITS, num_warps=4,
-        enable_fp_fusion=FP_FUSION,
+        q, k, beta, out, strength, T * H, *q.stride()[:2], *k.stride()[:2], *beta.stride(), H, HV,
+        K, power_of_two(HV // H), UNITS, num_warps=4, enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
-    return out[0], out[1]
+    return out[0], out[1], strength
 
 
 class Placed:
