@@ -207,7 +207,11 @@ def _choices(
 
 
 def _pick(choices: list[tuple[int, Choice]], heads: int) -> Choice:
-    return next(choice for most, choice in choices if heads <= most)
+    # sooner than a generator expression
+    for most, choice in choices:
+        if heads <= most:
+            return choice
+    return choices[-1][1]
 
 
 def _make_launch(spec: GdnSpec, *, waits: bool, starts: tuple[int, int]) -> Callable[..., None]:
