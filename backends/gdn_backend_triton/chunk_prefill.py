@@ -507,12 +507,15 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
     OVERLAPS = can_overlap(device)
     plain = {"num_stages": 1, "enable_fp_fusion": FP_FUSION, **tile.options}
     early = {"launch_pdl": True} if OVERLAPS else {}
+    launch_attend = {**plain, "num_warps": min(tile.warps, 4)}
+    launch_invert = {**plain, **early, "num_warps": 1}
     launch_scan = {**plain, **early, "num_warps": tile.warps, "num_stages": tile.stages}
     if device.kind == "rocm" and LOW and K <= 128 and not V_FIRST:
         launch_scan |= TWO_PROGRAMS
     # beside what a checkpoint passes through there is room for two stages
     launch_keeping = {**launch_scan, "num_stages": min(tile.stages, 2)}
     PRECISION = "ieee" if device.kind == "rocm" or LOW else "tf32x3"
+    q_scale = spec.q_scale
     # the maps of wider heads do not fit into shared memory
     never_cut = deterministic or K * spec.dtype.itemsize > WIDEST_MAP
 
@@ -554,14 +557,14 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
         cu_s, slots_s = cu_seqlens.stride(0), slots.stride(0)
         attend[(places * H,)](
             q, k, g, attention, keys, factors, decay_low, k_factor, cu_seqlens, slots,
-            N, T, spec.q_scale, *g.stride(), cu_s, slots_s, *q.stride(), *k.stride(),
+            N, T, q_scale, *g.stride(), cu_s, slots_s, *q.stride(), *k.stride(),
             H, HV, K, min(K, 128), L2NORM, PAD, OVERLAPS, PRECISION,
-            num_warps=min(tile.warps, 4), **plain,
+            **launch_attend,
         )  # fmt: skip
         invert[(places * HV,)](
             beta, keys, inverse, factors, decay_low, cu_seqlens, slots, N, T,
             *beta.stride(), cu_s, slots_s, H, HV, PAD, LOW, OVERLAPS, PRECISION,
-            num_warps=1, **plain, **early,
+            **launch_invert,
         )  # fmt: skip
         segment = 0 if never_cut else _segment(T, N, HV * (V // BV), tile)
         initial = add = high = low = None
