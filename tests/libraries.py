@@ -51,7 +51,7 @@ class Site:
             self.write(f"{package}/__init__.py")
         for module, names in cute_probe.NAMES.items():
             file = "/__init__.py" if module in ("cutlass", "cutlass.cute") else ".py"
-            text = "\n".join(f"{name} = None" for name in names)
+            text = "\n".join(f"{name} = object()" for name in names)
             self.write(module.replace(".", "/") + file, text)
 
     def install_flashinfer(self, version: str = "0.7.2.post1") -> None:

@@ -22,8 +22,8 @@ from gdn_backend_cuda.flashinfer_probe import (
     SCRATCH,
     SEMANTIC,
     TUNING,
-    release,
 )
+from gdn_backend_cuda.probe import release
 
 
 def _packages() -> dict[str, zipfile.Path | Path]:

@@ -7,10 +7,8 @@ Nothing is imported before a table is asked: by ``bind``, ``explain`` or ``docto
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.metadata
 
-from gdn_backend_cuda.flashinfer_probe import release
+from gdn_backend_cuda.probe import is_older, lacks
 from gdn_portable.backend import needs
 
 DISTRIBUTION = "nvidia-cutlass-dsl"
@@ -27,25 +25,11 @@ NAMES = {
 
 def cute_is_unfit() -> str | None:
     """Return why the CuTe DSL cannot be used."""
-    reason = needs("cutlass", DISTRIBUTION)()
-    if reason is not None:
-        return reason
-    version = importlib.metadata.version(DISTRIBUTION)
-    if release(version) < OLDEST:
-        return f"{DISTRIBUTION} is {version}, needs {'.'.join(map(str, OLDEST))} or newer"
-    return _unusable()
+    return needs("cutlass", DISTRIBUTION)() or is_older(DISTRIBUTION, OLDEST) or _unusable()
 
 
 @functools.cache
 def _unusable() -> str | None:
-    """Import what is needed and return what speaks against it; a library's error is a reason."""
-    for name, needed in NAMES.items():
-        try:
-            module = importlib.import_module(name)
-        except Exception as error:
-            first = (str(error).splitlines() or [""])[0]
-            return f"{name} cannot be imported: {type(error).__name__}: {first}"
-        missing = [each for each in needed if not hasattr(module, each)]
-        if missing:
-            return f"{name} has no {', '.join(missing)}"
-    return None
+    """Return the first reason against a module that is needed."""
+    reasons = (lacks(module, names) for module, names in NAMES.items())
+    return next((reason for reason in reasons if reason is not None), None)

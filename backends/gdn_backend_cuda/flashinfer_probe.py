@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import inspect
-import re
 from collections.abc import Callable
 from typing import Any
 
+from gdn_backend_cuda.probe import is_older, lacks
 from gdn_portable.backend import needs
 
 DISTRIBUTION = "flashinfer-python"
@@ -53,13 +52,12 @@ def is_unfit(function: str, oldest: tuple[int, int, int]) -> Callable[[], str | 
     """Return a probe of ``"module:function"`` in a FlashInfer of at least that version."""
 
     def probe() -> str | None:
-        reason = needs("flashinfer", DISTRIBUTION)() or needs("cutlass", "nvidia-cutlass-dsl")()
-        if reason is not None:
-            return reason
-        version = importlib.metadata.version(DISTRIBUTION)
-        if release(version) < oldest:
-            return f"{DISTRIBUTION} is {version}, needs {'.'.join(map(str, oldest))} or newer"
-        return _unusable(function)
+        return (
+            needs("flashinfer", DISTRIBUTION)()
+            or needs("cutlass", "nvidia-cutlass-dsl")()
+            or is_older(DISTRIBUTION, oldest)
+            or _unusable(function)
+        )
 
     return probe
 
@@ -68,13 +66,10 @@ def is_unfit(function: str, oldest: tuple[int, int, int]) -> Callable[[], str | 
 def _unusable(function: str) -> str | None:
     """Import a function and return what speaks against it; a library's error is a reason."""
     module, _, name = function.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        return f"{module} cannot be imported: {type(error).__name__}: {first}"
-    if found is None:
-        return f"{module} has no {name}"
+    reason = lacks(module, (name,))
+    if reason is not None:
+        return reason
+    found = getattr(importlib.import_module(module), name)
     missing = [each for each in SEMANTIC[function] if each not in parameters(found)]
     return f"{function} has no parameter {', '.join(missing)}" if missing else None
 
@@ -91,8 +86,3 @@ def load(function: str) -> Callable[..., Any]:
     known = parameters(found)
     given = {key: value for key, value in TUNING.items() if key in known}
     return functools.partial(found, **given) if given else found
-
-
-def release(version: str) -> tuple[int, ...]:
-    """Return the numbers of a version that releases are compared by."""
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
