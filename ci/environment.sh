@@ -35,4 +35,9 @@ fi
 python=$venv/bin/python
 install_torch
 echo "installing gdn-portable[$1]"
-"$python" -m pip install -q -c "$constraints" -e ".[$1]" 2> >(grep -v '^WARNING: Location' >&2)
+install() {
+  "$python" -m pip install -q "$@" 2> >(grep -v '^WARNING: Location' >&2)
+}
+# torch for a GPU, where there is no other, asks for a Triton of its own: the pinned one replaces it
+install -c <(grep -v '^triton' "$constraints") -e ".[$1]"
+[ "$1" != test ] || install --no-deps -c "$constraints" triton

@@ -77,6 +77,8 @@ class Lds:
     def _locate(self, waves: Waves, addresses: Array, size: int, what: str) -> tuple[Array, Array]:
         """Return the cells of every active lane, and the mark of the lane's wave, as a column."""
         starts = waves.workgroups * self._stride
+        marks: Array
+        local: Array
         numbers = (waves.numbers + 1).astype(u8)
         if waves.all_active:
             local = addresses.reshape(-1)
@@ -93,7 +95,7 @@ class Lds:
                 raise LdsAccessError(
                     f"{what} of {size} bytes of LDS at {highest:#x}, of {self._size} bytes"
                 )
-            if np.bitwise_or.reduce(local) & u32(min(size, 4) - 1):
+            if (local & u32(min(size, 4) - 1)).any():
                 raise LdsAccessError(f"misaligned {what} of {size} bytes of LDS")
         cells = (places >> self._shift)[:, None] + np.arange(size >> self._shift)
         return cells, marks[:, None]

@@ -111,7 +111,7 @@ class Buffer:
 
 def offsets_are_aligned(offsets: Array, size: int) -> bool:
     """Return whether all offsets are multiples of ``size``, a power of two."""
-    return not np.bitwise_or.reduce(offsets) & (size - 1)
+    return not (offsets & (size - 1)).any()
 
 
 class GlobalMemory:
@@ -127,7 +127,7 @@ class GlobalMemory:
         if len(pieces) == 1:
             ((buffer, offsets, _),) = pieces
             return buffer.load(offsets, size)
-        words = [np.zeros(len(addresses), u32) for _ in range(max(1, size // 4))]
+        words: list[Array] = [np.zeros(len(addresses), u32) for _ in range(max(1, size // 4))]
         for buffer, offsets, chosen in pieces:
             for word, value in zip(words, buffer.load(offsets, size), strict=True):
                 word[chosen] = value

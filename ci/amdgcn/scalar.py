@@ -318,7 +318,7 @@ def _compare(instruction: Instruction, condition: str, dtype: Dtype | None) -> E
     return execute
 
 
-def _test_bit(instruction: Instruction, expected: Array) -> Execute:
+def _test_bit(instruction: Instruction, expected: np.uint32) -> Execute:
     value, position = (scalar_source(instruction, x, u32) for x in instruction.operands)
 
     def execute(waves: Waves) -> None:
