@@ -71,6 +71,10 @@ WIDE_TILES = {
     "sm100": Tile(BV=64, warps=8, stages=1, programs=148),
     "sm103": Tile(BV=64, warps=8, stages=1, programs=148),
 }
+# of 16-bit heads on gfx942 with the Tritons whose two programs would spill 3 to 26 registers
+TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
+SPILLING_TRITONS = ((3, 7), (3, 8))
+ONE_PROGRAM = Tile(BV=64, warps=8, stages=1, programs=304, options=NARROW_MFMA)
 SHORTEST = 4  # chunks of a segment
 WIDEST_MAP = 256  # bytes of a row
 
@@ -489,6 +493,8 @@ def _pick_tile(spec: GdnSpec, device: Device) -> tuple[Tile, bool]:
         tile = WIDE_TILES.get(device.arch)
         if tile and K > 128:
             return tile, False
+        if device.arch == "gfx942" and K <= 128 and TRITON in SPILLING_TRITONS:
+            return ONE_PROGRAM._replace(BV=min(ONE_PROGRAM.BV, V)), False
     tile = TILES[device.arch]
     BV = min(max(tile.BV * 256 // max(K * spec.dtype.itemsize, 256), 16), V)
     # wgmma reads past the end of shared memory where a tile is narrower than 64 (Triton 3.6, seen

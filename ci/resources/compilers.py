@@ -19,16 +19,19 @@ from ci.resources.measure import GPUS
 
 ROOT = Path(__file__).parents[2]
 OLDEST_TRITON = "triton-3.6.0"
+TRITON_OF_TORCH = "triton-3.7.1"  # of torch 2.13, so what most have on AMD
 CUTLASS = "nvidia-cutlass-dsl"
 CUTLASS_PINS = ROOT / "ci" / "cutlass.txt"
 CUTLASS_GPUS = ("sm90", "sm100")
+AMD_GPUS = ("gfx942", "gfx950")
 
 
 def names() -> tuple[str, ...]:
-    """Return the oldest Triton supported, the newest tested, and the CuTe DSL if it runs here."""
-    tritons = (OLDEST_TRITON, f"triton-{_pinned('triton', ROOT / 'ci' / 'constraints.txt')}")
+    """Return the oldest Triton supported, others tested, and the CuTe DSL if it runs here."""
+    newest = f"triton-{_pinned('triton', ROOT / 'ci' / 'constraints.txt')}"
+    tritons = (OLDEST_TRITON, TRITON_OF_TORCH, newest)
     if sys.version_info < (3, 11):  # the newest Triton has no wheel for it
-        return tritons[:1]
+        return tritons[:2]
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         return tritons
     return (*tritons, f"cutlass-{_pinned(CUTLASS, CUTLASS_PINS)}")
@@ -36,6 +39,8 @@ def names() -> tuple[str, ...]:
 
 def gpus(name: str) -> tuple[str, ...]:
     """Return what a compiler compiles for."""
+    if name == TRITON_OF_TORCH:
+        return AMD_GPUS
     return CUTLASS_GPUS if _is_cutlass(name) else tuple(GPUS)
 
 
