@@ -159,12 +159,11 @@ def _clear(
     ROWS: tl.constexpr,
 ):  # fmt: skip
     sequence, _, end, first = locate(cu_seqlens, cu_s, N, T, tl.program_id(0), ROWS)
-    if first >= end:
-        return
-    is_live = N < 0
-    if sequence < N:
-        is_live = tl.load(state_indices + sequence * indices_s) > PAD
+    slot = tl.load(state_indices + sequence * indices_s, mask=sequence < N, other=PAD)
+    is_live = slot > PAD
     if is_live and not COPIES:
+        return
+    if first >= end:
         return
     row = first.to(tl.int64) + tl.arange(0, ROWS)[:, None]
     v = tl.arange(0, V)[None, :]
