@@ -161,6 +161,27 @@ def test_keys_that_are_no_unit_vectors_stay_as_they_are() -> None:
     torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
 
 
+def test_norms_done_in_front_and_norms_that_are_due_give_flashinfer_the_same() -> None:
+    from gdn_backend_cuda.prefill_slots import Norms, Placed
+
+    # the interpreter rounds to float16 as a GPU does, and cuts bfloat16 off
+    spec, rng = replace(RATIO_3, num_k_heads=2, num_v_heads=6), generator()
+    q, k, _ = qkv(spec, rng, 70)
+    g, beta = g_beta(spec, rng, 70)
+    batch: dict[str, Any] = {
+        "metadata": PrefillMetadata(torch.tensor([0, 70]), torch.tensor([3])),
+        "pad": spec.pad_slot,
+    }
+
+    due = Placed(q, k, g, beta, _states(spec), norms=Norms.DUE, **batch)
+    done = Placed(due.q, due.k, g, beta, _states(spec), norms=Norms.DONE, **batch)
+
+    squares = done.k.float().square().sum(-1).repeat_interleave(3, 1)
+    torch.testing.assert_close(done.beta * squares, beta)
+    for name in ("q", "k", "alpha", "beta"):
+        assert torch.equal(getattr(due, name), getattr(done, name))
+
+
 def test_a_pool_whose_slots_interleave_is_refused() -> None:
     rng, prefill = generator(), _adapter(SPEC, RULES[Op.CHUNK_PREFILL])
     rows = (*qkv(SPEC, rng, 3), *g_beta(SPEC, rng, 3))

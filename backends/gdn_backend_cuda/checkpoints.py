@@ -130,23 +130,17 @@ class Left(NamedTuple):
     slots: Tensor
 
 
-def gather(
-    k: Tensor,
-    v: Tensor,
-    placed: Placed,
-    metadata: PrefillMetadata,
-    pads: tuple[int, int],
-) -> Left:
+def gather(v: Tensor, placed: Placed, metadata: PrefillMetadata, pads: tuple[int, int]) -> Left:
     """Return them. A chunk of k and v behind the last is zeros.
 
     Args:
-        k: [T, H, K] contiguous, as they were run.
         v: [T, HV, V] contiguous.
         placed: the batch that was run.
         metadata: of that batch.
         pads: padding among slots, and among the rows that checkpoints go to.
     """
-    (T, HV, V), (H, K), N = v.shape, k.shape[1:], len(metadata.cu_seqlens) - 1
+    k, N = placed.k, len(metadata.cu_seqlens) - 1
+    (T, HV, V), (H, K) = v.shape, k.shape[1:]
     rows = min(N * EVERY, T)
 
     def like(x: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ import importlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Protocol
 
 import torch
 from gdn_backend_triton.launch import refuse_gradients
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from gdn_backend_cuda.checkpoints import gather, keep
 from gdn_backend_cuda.flashinfer_probe import PREFILL, load, parameters
-from gdn_backend_cuda.prefill_slots import EVERY, Placed, clear, unit
+from gdn_backend_cuda.prefill_slots import EVERY, Norms, Placed, clear
 from gdn_backend_cuda.slots import kernel_output, packed
 from gdn_portable.interface import ChunkPrefill
 from gdn_portable.metadata import PrefillMetadata
@@ -25,43 +23,9 @@ from gdn_portable.spec import Device, GdnSpec
 _scratch_lock = threading.Lock()
 
 
-class Rule(Protocol):
-    """The recurrence on q and k that were normalised, where they have to be."""
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        state: Tensor,
-        *,
-        metadata: PrefillMetadata,
-        checkpoint_state: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """Run it as :class:`ChunkPrefill` says.
-
-        Rows of padding are operands of products, times zero: k and v need finite numbers there.
-
-        Args:
-            q: [T, H, K] queries; scaled inside.
-            k: [T, H, K] keys.
-            v: [T, HV, V] values.
-            g: [T, HV] log decay.
-            beta: [T, HV] write strength.
-            state: [slots, HV, V, K] pool.
-            metadata: the batch.
-            checkpoint_state: [rows, HV, V, K].
-            out: [T, HV, V].
-        """
-        ...
-
-
 def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -> ChunkPrefill:
     """Return the op: one kernel walks every sequence."""
-    return _make_op(spec, use_cp=False)
+    return make_rule(spec, _norms(spec), use_cp=False)
 
 
 def make_chunk_prefill_cp(spec: GdnSpec, device: Device, *, deterministic: bool) -> ChunkPrefill:
@@ -69,45 +33,23 @@ def make_chunk_prefill_cp(spec: GdnSpec, device: Device, *, deterministic: bool)
 
     Where they are cut depends on the batch, so ``deterministic`` cuts none.
     """
-    return _make_op(spec, use_cp=not deterministic)
+    return make_rule(spec, _norms(spec), use_cp=not deterministic)
 
 
-def _make_op(spec: GdnSpec, *, use_cp: bool) -> ChunkPrefill:
-    # norms are applied, and beta made up for them, in front of it
-    rule = make_rule(replace(spec, qk_l2norm=False), use_cp=use_cp)
-
-    def chunk_prefill(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        state: Tensor,
-        *,
-        metadata: PrefillMetadata,
-        checkpoint_state: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        refuse_gradients(v)
-        if spec.qk_l2norm:
-            q, k, beta = unit(q, k, beta)
-        return rule(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            state,
-            metadata=metadata,
-            checkpoint_state=checkpoint_state,
-            out=out,
-        )
-
-    return chunk_prefill
+def _norms(spec: GdnSpec) -> Norms:
+    return Norms.DUE if spec.qk_l2norm else Norms.NONE
 
 
-def make_rule(spec: GdnSpec, *, use_cp: bool) -> Rule:
-    """Return the launches; ``use_cp`` cuts sequences into parts that run side by side."""
+def make_rule(spec: GdnSpec, norms: Norms, *, use_cp: bool) -> ChunkPrefill:
+    """Return the launches.
+
+    Rows of padding are operands of products, times zero: k and v need finite numbers there.
+
+    Args:
+        spec: the layer.
+        norms: those of q and k, whatever the spec says.
+        use_cp: whether sequences are cut into parts that run side by side.
+    """
     launch = load(PREFILL)
     takes_length = "max_seqlen" in parameters(launch)
 
@@ -135,19 +77,19 @@ def make_rule(spec: GdnSpec, *, use_cp: bool) -> Rule:
         checkpoint_state: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
+        refuse_gradients(v)
         T, N = len(v), len(metadata.cu_seqlens) - 1
         o = kernel_output(out, v, v.dtype)
         result = o if out is None else out
         if not N:
             return result.zero_()
-        k, v = packed(k), packed(v)
-        keys = k if spec.qk_l2norm else None
-        placed = Placed(g, beta, keys, state, metadata, spec.pad_slot)
+        v = packed(v)
+        placed = Placed(q, k, g, beta, state, metadata=metadata, norms=norms, pad=spec.pad_slot)
         if not T:
             return result
         run(
-            q=packed(q),
-            k=k,
+            q=placed.q,
+            k=placed.k,
             v=v,
             g=placed.alpha,
             beta=placed.beta,
@@ -164,7 +106,7 @@ def make_rule(spec: GdnSpec, *, use_cp: bool) -> Rule:
             kept, pads = state, (spec.pad_slot, spec.pad_slot)
             if checkpoint_state is not None:
                 kept, pads = checkpoint_state, (spec.pad_slot, -1)
-            left = gather(k, v, placed, metadata, pads)
+            left = gather(v, placed, metadata, pads)
             run(
                 q=left.k,
                 k=left.k,

@@ -8,6 +8,9 @@ sequence that may write no slot is given a row of memory of ours, by its distanc
 
 from __future__ import annotations
 
+from enum import Enum
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -20,14 +23,28 @@ from gdn_backend_cuda.slots import packed
 from gdn_portable.errors import InputError
 from gdn_portable.metadata import PrefillMetadata
 
-GATES = 1024  # that a program turns
-GATES_OF_KEYS = 32  # heads of K whose gates a program turns where it reads the keys
+
+class Norms(str, Enum):
+    """Whether q and k are to be unit vectors, and are."""
+
+    NONE = "none"  # they are taken as they are
+    DONE = "done"  # beta makes up for what rounding did to the length of k
+    DUE = "due"  # they are normalised and rounded, then likewise
+
+
+class Tile(NamedTuple):
+    """What a program of the gates owns."""
+
+    rows: int  # of a token and a key head, or a value head where no keys are read
+    warps: int  # those of the programs beside it as well
+
+
+TILES = {Norms.NONE: Tile(1024, 4), Norms.DONE: Tile(32, 4), Norms.DUE: Tile(32, 4)}
 MOST_ROUNDED = tl.constexpr(2.0**-8)  # of the square of a unit vector's norm
 SEQUENCES = 128  # that a program places
 FILLED = tl.constexpr(32)  # rows of V that a program fills
-ROWS = 64  # tokens that a program clears
+CLEARED = 64  # tokens that a program clears
 EVERY = 512  # tokens between the states that are kept for checkpoints
-UNITS = 16  # heads of K that a program normalises
 
 
 @triton.jit
@@ -39,63 +56,60 @@ def first_row(start, n, EVERY: tl.constexpr):
 @triton.jit
 def _correction(key):
     """Return what makes up in beta for what rounding did to the length of a unit vector."""
+    key = key.to(tl.float32)
     squares = tl.sum(key * key, 1)
     # farther from 1 is no rounding: a key near zero
     is_rounded = tl.abs(squares - 1.0) < MOST_ROUNDED
     return tl.where(is_rounded, 1.0 / tl.where(is_rounded, squares, 1.0), 1.0)
 
 
-@triton.jit(do_not_specialize=STEP_SIZES)
-def _unit(
-    q, k, beta, out, strength, num_rows, q_t, q_h, k_t, k_h, b_t, b_h, H: tl.constexpr,
-    HV: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    i = tl.arange(0, K)[None, :]
-    is_key = row >= num_rows
-    of = tl.where(is_key, row - num_rows, row)
-    inside = of < num_rows
-    query = tl.load(q + of // H * q_t + of % H * q_h + i, mask=inside & ~is_key, other=0.0)
-    key = tl.load(k + of // H * k_t + of % H * k_h + i, mask=inside & is_key, other=0.0)
-    value = query.to(tl.float32) + key.to(tl.float32)
+@triton.jit
+def _unit(x):
+    """Return rows normalised, and rounded to their dtype."""
+    value = x.to(tl.float32)
     value *= tl.rsqrt(tl.sum(value * value, 1) + 1e-6)[:, None]
-    value = value.to(out.dtype.element_ty)
-    tl.store(out + row * K + i, value, mask=inside)
-    RATIO: tl.constexpr = HV // H
-    n = tl.arange(0, HEADS)[None, :]
-    head = of % H * RATIO + n
-    mask = inside & is_key & (n < RATIO)
-    by = _correction(value.to(tl.float32))[:, None]
-    given = tl.load(beta + of // H * b_t + head * b_h, mask=mask, other=0.0)
-    tl.store(strength + of // H * HV + head, given * by, mask=mask)
+    return value.to(x.dtype)
 
 
 @triton.jit(do_not_specialize=(*STEP_SIZES, "own"), do_not_specialize_on_alignment=STEP_TENSORS)
 def _place(
-    g, beta, keys, alpha, strength, cu_seqlens, state_indices, out_state_indices,
-    has_initial_state, checkpoint_offsets, offsets, slots, starts, state, kept,
-    num_rows, N, own, g_t, g_h, b_t, b_h, cu_s, indices_s, out_indices_s, initial_s,
+    q, k, unit_q, unit_k, g, beta, alpha, strength, cu_seqlens, state_indices, out_state_indices,
+    has_initial_state, checkpoint_offsets, offsets, slots, starts, state, kept, num_rows, N, own,
+    q_t, q_h, k_t, k_h, g_t, g_h, b_t, b_h, cu_s, indices_s, out_indices_s, initial_s,
     checkpoints_s, state_s, state_h: tl.constexpr, state_v: tl.constexpr, H: tl.constexpr,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PAD: tl.constexpr, FILLS: tl.constexpr,
-    EVERY: tl.constexpr, GATES: tl.constexpr, HEADS: tl.constexpr, SEQUENCES: tl.constexpr,
+    EVERY: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
+    """Run a program of the gates, of the sequences' lists or of the rows to fill.
+
+    Where k is None, beta is as meant; where q is, k is normalised already.
+    """
     program = tl.program_id(0)
-    gates = (num_rows + GATES - 1) // GATES
+    gates = (num_rows + ROWS - 1) // ROWS
     lists = (N + SEQUENCES) // SEQUENCES
     if program < gates:
         RATIO: tl.constexpr = HV // H
-        row = program * GATES + tl.arange(0, GATES)
-        t = (row // H).to(tl.int64)[:, None]
+        row = program * ROWS + tl.arange(0, ROWS)[:, None]
+        inside = row < num_rows
+        t = (row // H).to(tl.int64)
+        h = row % H
         i = tl.arange(0, HEADS)[None, :]
-        head = (row % H)[:, None] * RATIO + i
-        mask = (row < num_rows)[:, None] & (i < RATIO)
+        head = h * RATIO + i
+        mask = inside & (i < RATIO)
         decay = tl.load(g + t * g_t + head * g_h, mask=mask, other=0.0)
+        if k is not None:
+            o_k = tl.arange(0, K)[None, :]
+            given = tl.load(beta + t * b_t + head * b_h, mask=mask, other=0.0)
+            key = tl.load(k + t * k_t + h * k_h + o_k, mask=inside, other=0.0)
+            if q is not None:
+                query = tl.load(q + t * q_t + h * q_h + o_k, mask=inside, other=0.0)
+                key = _unit(key)
+                at = row.to(tl.int64) * K + o_k
+                tl.store(unit_q + at, _unit(query), mask=inside)
+                tl.store(unit_k + at, key, mask=inside)
+            by = _correction(key)[:, None]
+            tl.store(strength + t * HV + head, given * by, mask=mask)
         tl.store(alpha + t * HV + head, tl.exp(decay), mask=mask)
-        if keys is not None:
-            at = keys + row.to(tl.int64)[:, None] * K + tl.arange(0, K)[None, :]
-            key = tl.load(at, mask=(row < num_rows)[:, None], other=0.0).to(tl.float32)
-            value = tl.load(beta + t * b_t + head * b_h, mask=mask, other=0.0)
-            tl.store(strength + t * HV + head, value * _correction(key)[:, None], mask=mask)
         return
     program -= gates
     if program < lists:
@@ -176,27 +190,12 @@ def _clear(
         tl.store(at, value.to(out.dtype.element_ty), mask=inside)
 
 
-def unit(q: Tensor, k: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q and k [T, H, K] normalised over K, and beta [T, HV] for the keys as they are then.
-
-    q and k are rounded to their dtype and contiguous.
-    """
-    (T, H, K), HV = q.shape, beta.shape[1]
-    if q.stride(2) != 1 or k.stride(2) != 1:
-        q, k = q.contiguous(), k.contiguous()
-    out = torch.empty((2, T, H, K), dtype=q.dtype, device=q.device)
-    strength = torch.empty((T, HV), dtype=torch.float32, device=q.device)
-    _unit[(ceil_div(2 * T * H, UNITS),)](
-        q, k, beta, out, strength, T * H, *q.stride()[:2], *k.stride()[:2], *beta.stride(), H, HV,
-        K, power_of_two(HV // H), UNITS, num_warps=4, enable_fp_fusion=FP_FUSION,
-    )  # fmt: skip
-    return out[0], out[1], strength
-
-
 class Placed:
     """A batch as FlashInfer may be given it; the pool's rows hold what sequences start from.
 
     Attributes:
+        q: [T, H, K] queries, normalised where they are to be; contiguous.
+        k: [T, H, K] keys, likewise.
         alpha: [T, HV] linear decay.
         beta: [T, HV] write strength.
         cu_seqlens: [N + 1] int32.
@@ -207,38 +206,49 @@ class Placed:
         starts: [N + 1] int32 rows of ``kept`` behind the sequences' initial states.
     """
 
-    __slots__ = ("alpha", "beta", "cu_seqlens", "kept", "own", "slots", "starts")
+    __slots__ = ("alpha", "beta", "cu_seqlens", "k", "kept", "own", "q", "slots", "starts")
 
     def __init__(
         self,
+        q: Tensor,
+        k: Tensor,
         g: Tensor,
         beta: Tensor,
-        keys: Tensor | None,
         state: Tensor,
+        *,
         metadata: PrefillMetadata,
+        norms: Norms,
         pad: int,
     ) -> None:
         """Make it, in one launch.
 
         Args:
+            q: [T, H, K] queries.
+            k: [T, H, K] keys.
             g: [T, HV] log decay.
             beta: [T, HV] write strength.
-            keys: [T, H, K] unit vectors that were rounded, or None where keys are as meant.
             state: the pool.
             metadata: the batch.
+            norms: those of q and k.
             pad: an index at or below it is padding.
         """
         (T, HV), N = g.shape, len(metadata.cu_seqlens) - 1
         V, K = state.shape[2:]
-        H, gates = HV, GATES
-        if keys is not None:
-            H, gates = keys.shape[1], GATES_OF_KEYS
+        H, tile = HV if norms is Norms.NONE else q.shape[1], TILES[norms]
         targets, fresh = metadata.out_state_indices, metadata.has_initial_state
         checkpoints = metadata.checkpoint_offsets
 
         def integers(count: int) -> Tensor:
             return torch.empty(count, dtype=torch.int32, device=g.device)
 
+        queries: Tensor | None = None
+        keys: Tensor | None = None
+        if norms is Norms.DUE:
+            queries, keys = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
+            self.q, self.k = torch.empty((2, *q.shape), dtype=q.dtype, device=q.device).unbind()
+        else:
+            self.q, self.k = packed(q), packed(k)
+            keys = self.k if norms is Norms.DONE else None
         self.alpha = torch.empty((T, HV), dtype=torch.float32, device=g.device)
         self.beta = packed(beta) if keys is None else torch.empty_like(self.alpha)
         self.cu_seqlens, self.slots = integers(N + 1), integers(N)
@@ -249,27 +259,28 @@ class Placed:
             self.starts = integers(N + 1)
         self.own, first = _rows_beside(state, 1 if targets is None else N)
         fills = targets is not None or fresh is not None or checkpoints is not None
-        programs = ceil_div(T * H, gates) + ceil_div(N + 1, SEQUENCES)
+        programs = ceil_div(T * H, tile.rows) + ceil_div(N + 1, SEQUENCES)
         if fills:
             programs += N * HV * (V // FILLED.value)
         _place[(programs,)](
-            g, beta, keys, self.alpha, self.beta, metadata.cu_seqlens, metadata.state_indices,
-            targets, fresh, checkpoints, self.cu_seqlens, self.slots, self.starts, state,
-            self.kept, T * H, N, first, *g.stride(), *beta.stride(),
-            metadata.cu_seqlens.stride(0), metadata.state_indices.stride(0),
-            *strides(targets, 1), *strides(fresh, 1), *strides(checkpoints, 1),
-            *state.stride()[:3], H, HV, K, V, pad, fills, EVERY, gates, power_of_two(HV // H),
-            SEQUENCES, num_warps=4, enable_fp_fusion=FP_FUSION,
+            queries, keys, self.q, self.k, g, beta, self.alpha, self.beta, metadata.cu_seqlens,
+            metadata.state_indices, targets, fresh, checkpoints, self.cu_seqlens, self.slots,
+            self.starts, state, self.kept, T * H, N, first, *strides(queries, 3)[:2],
+            *strides(keys, 3)[:2], *g.stride(), *beta.stride(), metadata.cu_seqlens.stride(0),
+            metadata.state_indices.stride(0), *strides(targets, 1), *strides(fresh, 1),
+            *strides(checkpoints, 1), *state.stride()[:3], H, HV, K, V, pad, fills, EVERY,
+            tile.rows, power_of_two(HV // H), SEQUENCES, num_warps=tile.warps,
+            enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
 
 
 def clear(o: Tensor, out: Tensor, metadata: PrefillMetadata, pad: int) -> None:
     """Write zeros to rows of padding and of nobody; copy the others of ``o`` where not ``out``."""
     (T, HV, V), N = out.shape, len(metadata.cu_seqlens) - 1
-    _clear[(num_programs(T, N, ROWS),)](
+    _clear[(num_programs(T, N, CLEARED),)](
         o, out, metadata.cu_seqlens, metadata.state_indices, N, T, *out.stride(),
         metadata.cu_seqlens.stride(0), metadata.state_indices.stride(0), HV, V, pad,
-        o is not out, ROWS, num_warps=4, enable_fp_fusion=FP_FUSION,
+        o is not out, CLEARED, num_warps=4, enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
 
 

@@ -9,25 +9,26 @@ from gdn_backend_triton.conv1d import make_front_end
 from gdn_backend_triton.gated_rms_norm import make_gated_rms_norm
 from gdn_backend_triton.prefill_step import join_prefill
 
-from gdn_backend_cuda.flashinfer_prefill import Rule, make_rule
+from gdn_backend_cuda.flashinfer_prefill import make_rule
+from gdn_backend_cuda.prefill_slots import Norms
 from gdn_portable.interface import PrefillStep
 from gdn_portable.spec import Device, GdnSpec
 
 
 def make_prefill_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> PrefillStep:
     """Return the step on FlashInfer's kernel without context parallelism."""
-    rule = make_rule(spec, use_cp=False)
-    return _step_of(rule, spec, device, deterministic=deterministic)
+    return _make_step(spec, device, deterministic=deterministic, use_cp=False)
 
 
 def make_prefill_step_cp(spec: GdnSpec, device: Device, *, deterministic: bool) -> PrefillStep:
     """Return the step on FlashInfer's kernel that cuts sequences, unless ``deterministic``."""
-    rule = make_rule(spec, use_cp=not deterministic)
-    return _step_of(rule, spec, device, deterministic=deterministic)
+    return _make_step(spec, device, deterministic=deterministic, use_cp=not deterministic)
 
 
-def _step_of(rule: Rule, spec: GdnSpec, device: Device, *, deterministic: bool) -> PrefillStep:
+def _make_step(spec: GdnSpec, device: Device, *, deterministic: bool, use_cp: bool) -> PrefillStep:
     """Return the step: front end with the norms of q and k, chunks, norm and gate."""
     front_end = make_front_end(replace(spec, scale=1.0), device, clears=True)
+    norms = Norms.DONE if spec.qk_l2norm else Norms.NONE
+    rule = make_rule(spec, norms, use_cp=use_cp)
     gated_rms_norm = make_gated_rms_norm(spec, device, deterministic=deterministic)
     return join_prefill(front_end, rule, gated_rms_norm)
