@@ -7,7 +7,6 @@ import ast
 import inspect
 import os
 import re
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +28,8 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 SHARED_KERNELS = "gdn_backend_triton"
 VENDOR_LIBRARIES = {"triton", "flashinfer", "cutlass", "aiter"}
 OTHER_LIBRARIES = {"transformers", "typer", "rich", "safetensors"}
+# whoever asks for them imports them
+LATER = {"bench", "cli", "custom_ops", "demo", "engines", "parallel", "reference", "testing"}
 MAY_IMPORT_THE_REFERENCE = {"reference", "demo", "cli"}
 BACKEND_PACKAGES = sorted({path.relative_to(ROOT / "backends").parts[0] for path in BACKENDS})
 POSITIONAL_OR_KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -40,14 +41,12 @@ for name in select.BUILTIN:
     select.get_backend(name)
 print(*sorted({name.partition(".")[0] for name in sys.modules}))
 """
-MEASURE_IMPORT = """
-import sys, time
+IMPORT = """
+import sys
 import torch
 before = set(sys.modules)
-start = time.perf_counter()
 import gdn_portable
-print(time.perf_counter() - start)
-print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+print(*sorted(set(sys.modules) - before))
 """
 
 
@@ -77,27 +76,17 @@ def _takes_reference(path: Path) -> bool:
     return any(f"{module}.".startswith("gdn_portable.reference.") for module in modules)
 
 
-def _measure_import() -> tuple[float, set[str]]:
-    """Return the seconds that the import takes after torch's, and the packages it loads."""
+def test_an_import_loads_no_library_but_torch_and_of_ours_what_ops_are_bound_with() -> None:
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE_IMPORT],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    seconds, packages = result.stdout.splitlines()
-    return float(seconds), set(packages.split())
 
-
-def test_an_import_loads_no_library_but_torch_and_takes_less_than_50_ms() -> None:
-    measured = [_measure_import() for _ in range(5)]
-
-    loaded = set().union(*(packages for _, packages in measured))
-    assert "gdn_portable" in loaded
-    assert loaded & (VENDOR_LIBRARIES | OTHER_LIBRARIES) == set()
-    assert not {package for package in loaded if package.startswith("gdn_backend")}
-    assert statistics.median(seconds for seconds, _ in measured) < 0.05
+    modules = set(result.stdout.split())
+    packages = {name.partition(".")[0] for name in modules}
+    assert "gdn_portable" in packages
+    assert packages & (VENDOR_LIBRARIES | OTHER_LIBRARIES) == set()
+    assert not {package for package in packages if package.startswith("gdn_backend")}
+    assert modules & {f"gdn_portable.{name}" for name in LATER} == set()
 
 
 def test_the_tables_of_all_backends_load_no_vendor_library() -> None:
