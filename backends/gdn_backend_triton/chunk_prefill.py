@@ -326,7 +326,8 @@ def _scan(
     out_t: tl.constexpr, out_h: tl.constexpr, out_v: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     SEGMENTS: tl.constexpr, CHECKPOINT_PAD: tl.constexpr, L2NORM: tl.constexpr,
-    PAD: tl.constexpr, V_FIRST: tl.constexpr, OVERLAPS: tl.constexpr, PRECISION: tl.constexpr,
+    PAD: tl.constexpr, V_FIRST: tl.constexpr, Q_LAST: tl.constexpr, OVERLAPS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write outputs and final states; a program owns BV rows of one head of one segment."""
     program = tl.program_id(0)
@@ -418,15 +419,20 @@ def _scan(
         inside = r < left
         at = k + r[:, None] * k_t + o_k[None, :] * k_k
         kt = tl.load(at, mask=inside[:, None], other=0.0)
-        at = q + r[:, None] * q_t + o_k[None, :] * q_k
-        qt = tl.load(at, mask=inside[:, None], other=0.0)
+        of_q = q + r[:, None] * q_t + o_k[None, :] * q_k
+        if not Q_LAST:
+            qt = tl.load(of_q, mask=inside[:, None], other=0.0)
         at = attention + i.to(tl.int64) * (HV * CHUNK * CHUNK) + r[:, None] * CHUNK + r[None, :]
         seen = tl.load(at, mask=below, other=0.0)
         write = tl.load(weights + 3 * CHUNK + r)
-        o = _left(qt, S.to(kt.dtype), V_FIRST, PRECISION) * _by_token(reach, V_FIRST)
+        if not Q_LAST:
+            o = _left(qt, S.to(kt.dtype), V_FIRST, PRECISION) * _by_token(reach, V_FIRST)
         u = _updates(
             S, kt, v, inverse, factors, i, left, o_v, v_t, v_v, HV, True, V_FIRST, PRECISION
         )
+        if Q_LAST:
+            qt = tl.load(of_q, mask=inside[:, None], other=0.0)
+            o = _left(qt, S.to(kt.dtype), V_FIRST, PRECISION) * _by_token(reach, V_FIRST)
         if V_FIRST:
             o = tl.dot(u.to(kt.dtype), tl.trans(seen), o, input_precision=PRECISION)
         else:
@@ -520,6 +526,8 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
         launch_scan |= TWO_PROGRAMS
     # beside what a checkpoint passes through there is room for two stages
     launch_keeping = {**launch_scan, "num_stages": min(tile.stages, 2)}
+    # while updates are computed, queries of wide float32 heads would take registers that spill then
+    Q_LAST = device.kind == "rocm" and not LOW and K > 128
     PRECISION = "ieee" if device.kind == "rocm" or LOW else "tf32x3"
     q_scale = spec.q_scale
     # the maps of wider heads do not fit into shared memory
@@ -594,8 +602,8 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
             cu_s, slots_s, *strides(fresh, 1), *strides(targets, 1),
             *strides(offsets, 1), *strides(rows, 1),
             *q.stride(), *k.stride(), *v.stride(), *out.stride(),
-            H, HV, K, V, BV, bool(segment), kept_pad, L2NORM, PAD, V_FIRST, OVERLAPS, PRECISION,
-            **(launch_scan if offsets is None else launch_keeping),
+            H, HV, K, V, BV, bool(segment), kept_pad, L2NORM, PAD, V_FIRST, Q_LAST, OVERLAPS,
+            PRECISION, **(launch_scan if offsets is None else launch_keeping),
         )  # fmt: skip
         return out
 
