@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -312,17 +313,19 @@ def test_a_shape_is_told_in_the_letters_of_the_op(case: str, needed: str) -> Non
 
 @pytest.mark.parametrize(
     ("positional", "problem"),
-    [(5, "missing a required argument: 'state_indices'"), (6, "too many positional arguments")],
+    [
+        # from Python 3.12 on it says that the argument is a keyword
+        (5, r"missing a required (keyword-only )?argument: 'state_indices'"),
+        (6, "too many positional arguments"),
+    ],
 )
 def test_arguments_that_do_not_fit_the_signature_are_told_what_does(
     positional: int, problem: str
 ) -> None:
-    taken = "(mixed_qkv, a, b, params, pool, *, state_indices, out_state_indices=None, "
+    taken = re.escape("(mixed_qkv, a, b, params, pool, *, state_indices, out_state_indices=None, ")
 
-    with pytest.raises(TypeError) as raised:
+    with pytest.raises(TypeError, match=f"^decode_step: {problem}; it takes {taken}"):
         bind(SPEC, "cpu").decode_step(*[None] * positional)
-
-    assert str(raised.value).startswith(f"decode_step: {problem}; it takes {taken}")
 
 
 @pytest.mark.parametrize("case", CASES)
