@@ -35,9 +35,11 @@ fi
 python=$venv/bin/python
 install_torch
 echo "installing gdn-portable[$1]"
+# torch for a GPU, where there is no other, asks for a Triton of its own: none is pinned here
 install() {
-  "$python" -m pip install -q "$@" 2> >(grep -v '^WARNING: Location' >&2)
+  "$python" -m pip install -q -c <(grep -v '^triton' "$constraints") "$@" \
+    2> >(grep -v '^WARNING: Location' >&2)
 }
-# torch for a GPU, where there is no other, asks for a Triton of its own: the pinned one replaces it
-install -c <(grep -v '^triton' "$constraints") -e ".[$1]"
-[ "$1" != test ] || install --no-deps -c "$constraints" triton
+install -e ".[$1]"
+# and the pinned one takes its place
+[ "$1" != test ] || "$python" -m pip install -q --no-deps -c "$constraints" triton
