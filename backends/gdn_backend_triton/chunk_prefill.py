@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn_backend_triton import is_before
 from gdn_backend_triton.chunk_prepare import CHUNK, attend, invert
 from gdn_backend_triton.launch import (
     FP_FUSION,
@@ -71,10 +72,10 @@ WIDE_TILES = {
     "sm100": Tile(BV=64, warps=8, stages=1, programs=148),
     "sm103": Tile(BV=64, warps=8, stages=1, programs=148),
 }
-# of 16-bit heads on gfx942 with the Tritons whose two programs would spill 3 to 26 registers
-TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
-SPILLING_TRITONS = ((3, 7), (3, 8))
-ONE_PROGRAM = Tile(BV=64, warps=8, stages=1, programs=304, options=NARROW_MFMA)
+# of 16-bit heads up to K = 128, with Triton 3.7 and 3.8: two programs would spill 3 to 26 registers
+ONE_PROGRAM_TILES: dict[str, Tile] = {}
+if not is_before(triton.__version__, (3, 7)) and is_before(triton.__version__, (3, 9)):
+    ONE_PROGRAM_TILES["gfx942"] = Tile(BV=64, warps=8, stages=1, programs=304, options=NARROW_MFMA)
 SHORTEST = 4  # chunks of a segment
 WIDEST_MAP = 256  # bytes of a row
 
@@ -499,8 +500,9 @@ def _pick_tile(spec: GdnSpec, device: Device) -> tuple[Tile, bool]:
         tile = WIDE_TILES.get(device.arch)
         if tile and K > 128:
             return tile, False
-        if device.arch == "gfx942" and K <= 128 and TRITON in SPILLING_TRITONS:
-            return ONE_PROGRAM._replace(BV=min(ONE_PROGRAM.BV, V)), False
+        tile = ONE_PROGRAM_TILES.get(device.arch)
+        if tile and K <= 128:
+            return tile, False
     tile = TILES[device.arch]
     BV = min(max(tile.BV * 256 // max(K * spec.dtype.itemsize, 256), 16), V)
     # wgmma reads past the end of shared memory where a tile is narrower than 64 (Triton 3.6, seen
