@@ -2,8 +2,9 @@
 """FlashInfer's gated delta rule as it behaves on Hopper, in PyTorch for a CPU: a double for tests.
 
 It keeps what its adapters have to live with: indices without padding, found by their address
-alone; one index to read and to write; no row without initial state; untouched empty sequences;
-bfloat16 inside; and an infinity times 0 where a gate is large.
+alone; one index to read and to write; no row without initial state; untouched empty sequences; a
+last chunk of the last sequence written whole; bfloat16 inside; and an infinity times 0 where a gate
+is large.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 CALLS: list[str] = []
+CHUNK = 64
 
 
 def row_of(pool: Tensor, index: int) -> Tensor:
@@ -189,7 +191,7 @@ def chunk_gated_delta_rule(
     backend: str = "auto",
     max_seqlen: int | None = None,
 ) -> None:
-    """Run every sequence in place; an empty one is left out, rows of nobody as well."""
+    """Run every sequence in place; an empty one is left out."""
     CALLS.append("chunk cp" if use_cp else "chunk")
     assert initial_state is not None and output_state is not None and state_indices is not None
     assert cu_seqlens is not None and output is not None and scale is not None
@@ -214,6 +216,8 @@ def chunk_gated_delta_rule(
                 row = int(checkpoint_cu_starts[n]) + (t + 1 - start) // every - 1
                 state_checkpoints[row] = S.to(state_checkpoints.dtype)
         row_of(output_state, int(state_indices[n])).copy_(S)
+        if n == len(offsets) - 2:
+            output[end : start + -(-(end - start) // CHUNK) * CHUNK] = 1.0
 
 
 def get_cache_buf(name: str, num_bytes: int, device: torch.device) -> Tensor:

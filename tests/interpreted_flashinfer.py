@@ -150,14 +150,18 @@ def test_a_checkpoint_may_lie_far_behind_the_states_that_are_kept(
 
 def test_keys_that_are_no_unit_vectors_stay_as_they_are() -> None:
     spec, rng = replace(SPEC, qk_l2norm=False), generator()
-    rows = (*(0.2 * x for x in qkv(spec, rng, 70)), *g_beta(spec, rng, 70))
-    metadata = PrefillMetadata(torch.tensor([0, 70]), torch.tensor([3]))
+    rows = (*(0.2 * x for x in qkv(spec, rng, 170)), *g_beta(spec, rng, 170))
+    # of padding, of nobody, and of an empty sequence are some
+    offsets, slots = torch.tensor([0, 20, 90, 90, 160]), torch.tensor([-1, 3, 7, 5])
+    metadata = PrefillMetadata(offsets, slots)
     expected, got = _states(spec), _states(spec)
+    out = torch.full_like(rows[2], torch.nan)
 
     want = bind(spec, "cpu").chunk_prefill(*rows, expected, metadata=metadata)
-    o = _adapter(spec, RULES[Op.CHUNK_PREFILL])(*rows, got, metadata=metadata)
+    _adapter(spec, RULES[Op.CHUNK_PREFILL])(*rows, got, metadata=metadata, out=out)
 
-    torch.testing.assert_close(o, want, rtol=2e-2, atol=2e-2)
+    assert not out[:20].any() and not out[160:].any()
+    torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
 
 
@@ -166,15 +170,16 @@ def test_norms_done_in_front_and_norms_that_are_due_give_flashinfer_the_same() -
 
     # the interpreter rounds to float16 as a GPU does, and cuts bfloat16 off
     spec, rng = replace(RATIO_3, num_k_heads=2, num_v_heads=6), generator()
-    q, k, _ = qkv(spec, rng, 70)
+    q, k, v = qkv(spec, rng, 70)
     g, beta = g_beta(spec, rng, 70)
+    o = torch.empty_like(v)
     batch: dict[str, Any] = {
         "metadata": PrefillMetadata(torch.tensor([0, 70]), torch.tensor([3])),
         "pad": spec.pad_slot,
     }
 
-    due = Placed(q, k, g, beta, _states(spec), norms=Norms.DUE, **batch)
-    done = Placed(due.q, due.k, g, beta, _states(spec), norms=Norms.DONE, **batch)
+    due = Placed(q, k, g, beta, _states(spec), o, norms=Norms.DUE, **batch)
+    done = Placed(due.q, due.k, g, beta, _states(spec), o, norms=Norms.DONE, **batch)
 
     squares = done.k.float().square().sum(-1).repeat_interleave(3, 1)
     torch.testing.assert_close(done.beta * squares, beta)

@@ -20,6 +20,7 @@ from gdn_portable import (
     GdnOps,
     GdnParams,
     GdnSpec,
+    Op,
     PrefillMetadata,
     ReplayDrafts,
     SnapshotDrafts,
@@ -30,6 +31,7 @@ from gdn_portable import (
 )
 from gdn_portable.testing import Case, cases
 from tests.calls import leaves
+from tests.long_prefills import of_growing_states, of_unit_keys
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU, torch sees none", allow_module_level=True)
@@ -105,6 +107,35 @@ def test_every_op_of_the_shared_backend_is_a_triton_kernel(spec: str) -> None:
     assert {op.value: kernel for op, kernel in ops.kernels.items()} == {
         op.value: f"triton.{op.value}" for op in ops.kernels
     }
+
+
+UNIT_KEYS = replace(SPEC, num_k_heads=1, qk_l2norm=False)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [UNIT_KEYS, replace(UNIT_KEYS, dtype=torch.float16), replace(UNIT_KEYS, dtype=torch.float32)],
+    ids=["bf16", "fp16", "fp32"],
+)
+def test_a_long_prefill_of_unit_keys_remembers_what_it_should(spec: GdnSpec) -> None:
+    case = Case("unit keys", Op.CHUNK_PREFILL, spec, of_unit_keys(spec))
+
+    case.check(_bound(spec, "triton"))
+
+
+def test_a_state_that_keys_made_grow_is_not_forgotten() -> None:
+    spec = replace(UNIT_KEYS, dtype=torch.float32)
+    call = of_growing_states(spec)
+    there = {name: x.cuda() for name, x in call.items() if isinstance(x, Tensor)}
+    given = call["metadata"]
+    metadata = PrefillMetadata(given.cu_seqlens.cuda(), given.state_indices.cuda())
+
+    out = _bound(spec, "triton").chunk_prefill(**there, metadata=metadata)
+    expected = bind(spec, "cpu").chunk_prefill(**call)
+
+    seen = expected[256:320, 2]  # "two chunks"
+    assert seen.abs().max() > 1e-3
+    torch.testing.assert_close(out[256:320, 2].cpu(), seen, rtol=1e-2, atol=1e-5)
 
 
 P = 4

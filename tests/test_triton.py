@@ -49,11 +49,11 @@ from tests.cases import (
     over_long,
     params,
     pool,
-    qkv,
     random,
     slots,
     strided,
 )
+from tests.long_prefills import long_prefill, of_growing_states, of_unit_keys
 
 if TYPE_CHECKING:
     from ci.amdgcn import Simulator
@@ -311,24 +311,6 @@ def test_a_deterministic_prefill_does_not_depend_on_the_batch(amd_gpu: Simulator
     assert_identical(together.conv_state[3], alone.conv_state[3])
 
 
-LONG = 640
-# the log decay of a token; a state is dropped after 22: within a chunk of 64 tokens, two, three,
-# and never
-RATES = {"never": 1e-6, "three chunks": 0.13, "two chunks": 0.2, "one chunk": 0.4}
-
-
-def _long_prefill(spec: GdnSpec, *, repeated: bool, rates: Tensor) -> Call:
-    """Return a prefill long enough to be cut into segments, which start from nothing or not."""
-    rng = generator()
-    q, k, v = qkv(spec, rng, LONG)
-    k = k[:1].repeat(LONG, 1, 1) if repeated else k
-    state = pool(spec, rng, 3, live=[2]).state
-    g = -rates.float() * (0.5 + torch.rand(LONG, spec.num_v_heads, generator=rng))
-    beta = torch.full((LONG, spec.num_v_heads), 1 - 1e-5)
-    metadata = PrefillMetadata(slots(0, LONG - 5), slots(2))
-    return {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state, "metadata": metadata}
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("repeated", [False, True], ids=["random keys", "one key"])
 def test_a_long_prefill_remembers_what_it_should(
@@ -336,13 +318,33 @@ def test_a_long_prefill_remembers_what_it_should(
 ) -> None:
     spec = replace(SPEC, num_k_heads=1, dtype=dtype)
 
-    check(
-        "chunk_prefill",
-        _long_prefill(spec, repeated=repeated, rates=torch.tensor([*RATES.values()])),
-        spec,
-    )
+    check("chunk_prefill", long_prefill(spec, repeated=repeated), spec)
 
     assert "_bridge" in [launch.kernel for launch in amd_gpu.launches]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_long_prefill_of_unit_keys_remembers_what_it_should(
+    amd_gpu: Simulator, dtype: torch.dtype
+) -> None:
+    spec = replace(SPEC, num_k_heads=1, dtype=dtype, qk_l2norm=False)
+
+    check("chunk_prefill", of_unit_keys(spec), spec)
+
+    assert "_bridge" in [launch.kernel for launch in amd_gpu.launches]
+
+
+def test_a_state_that_keys_made_grow_is_not_forgotten(amd_gpu: Simulator) -> None:
+    spec = replace(SPEC, num_k_heads=1, dtype=torch.float32, qk_l2norm=False)
+    call = of_growing_states(spec)
+    state = call["state"].clone()
+
+    out = simulated(spec).chunk_prefill(**call)
+    expected = bind(spec, "cpu").chunk_prefill(**{**call, "state": state})
+
+    seen = expected[256:320, 2]  # "two chunks"
+    assert seen.abs().max() > 1e-3
+    torch.testing.assert_close(out[256:320, 2], seen, rtol=1e-2, atol=1e-5)
 
 
 @pytest.fixture
@@ -358,9 +360,7 @@ def test_a_prefill_with_states_held_v_first(amd_gpu: Simulator, v_first: GdnSpec
 
 
 def test_a_long_prefill_with_states_held_v_first(amd_gpu: Simulator, v_first: GdnSpec) -> None:
-    rates = torch.tensor([*RATES.values()])
-
-    check("chunk_prefill", _long_prefill(v_first, repeated=False, rates=rates), v_first)
+    check("chunk_prefill", long_prefill(v_first), v_first)
 
     assert "_bridge" in [launch.kernel for launch in amd_gpu.launches]
 

@@ -146,10 +146,8 @@ def gather(v: Tensor, placed: Placed, metadata: PrefillMetadata, pads: tuple[int
     def like(x: Tensor) -> Tensor:
         return torch.empty((rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
 
-    left = Left(
-        like(k), like(v), like(placed.beta), like(placed.beta), torch.empty_like(placed.cu_seqlens),
-        torch.empty_like(placed.slots),
-    )  # fmt: skip
+    offsets, slots = (placed.slots.new_empty(count) for count in (N + 1, N))
+    left = Left(like(k), like(v), like(placed.beta), like(placed.beta), offsets, slots)
     _gather[(N * BLOCKS,)](
         k, v, placed.alpha, placed.beta, *left, *_batch(metadata, N), rows, H * K, HV * V, HV,
         256, triton.next_power_of_2(HV), *pads, EVERY, TOKENS, SEQUENCES, BLOCKS, BEHIND,

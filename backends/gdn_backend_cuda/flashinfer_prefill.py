@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gdn_backend_cuda.checkpoints import gather, keep
 from gdn_backend_cuda.flashinfer_probe import PREFILL, load, parameters
-from gdn_backend_cuda.prefill_slots import EVERY, Norms, Placed, clear
+from gdn_backend_cuda.prefill_slots import EVERY, Norms, Placed
 from gdn_backend_cuda.slots import kernel_output, packed
 from gdn_portable.interface import ChunkPrefill
 from gdn_portable.metadata import PrefillMetadata
@@ -43,7 +43,7 @@ def _norms(spec: GdnSpec) -> Norms:
 def make_rule(spec: GdnSpec, norms: Norms, *, use_cp: bool) -> ChunkPrefill:
     """Return the launches.
 
-    Rows of padding are operands of products, times zero: k and v need finite numbers there.
+    Rows of padding are operands of products, times zero: q, k and v need finite numbers there.
 
     Args:
         spec: the layer.
@@ -84,7 +84,7 @@ def make_rule(spec: GdnSpec, norms: Norms, *, use_cp: bool) -> ChunkPrefill:
         if not N:
             return result.zero_()
         v = packed(v)
-        placed = Placed(q, k, g, beta, state, metadata=metadata, norms=norms, pad=spec.pad_slot)
+        placed = Placed(q, k, g, beta, state, o, metadata=metadata, norms=norms, pad=spec.pad_slot)
         if not T:
             return result
         run(
@@ -122,8 +122,7 @@ def make_rule(spec: GdnSpec, norms: Norms, *, use_cp: bool) -> ChunkPrefill:
                 max_seqlen=min(EVERY, len(left.k)),
             )
             keep(placed.kept, left.slots, kept, metadata, pads)
-        clear(o, result, metadata, spec.pad_slot)
-        return result
+        return result if result is o else result.copy_(o)
 
     return rule
 

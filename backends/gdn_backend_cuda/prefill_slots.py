@@ -3,7 +3,9 @@
 
 It reads and writes one index per sequence, has no padding, and knows no sequence without initial
 state. So a sequence's row is filled before it where that is not what it starts from, and a
-sequence that may write no slot is given a row of memory of ours, by its distance to the pool.
+sequence that may write no slot is given a row of memory of ours, by its distance to the pool. One
+of padding writes nothing into a state of zeros there, so that its outputs are zeros. The last
+sequence's last chunk of outputs is written whole, over rows of nobody: so the last one is empty.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from gdn_backend_triton.launch import FP_FUSION, STEP_SIZES, STEP_TENSORS, ceil_div, power_of_two
-from gdn_backend_triton.sequences import locate, num_programs
+from gdn_backend_triton.sequences import sequence_of
 from gdn_backend_triton.taps import strides
 from torch import Tensor
 
@@ -43,7 +45,7 @@ TILES = {Norms.NONE: Tile(1024, 4), Norms.DONE: Tile(32, 4), Norms.DUE: Tile(32,
 MOST_ROUNDED = tl.constexpr(2.0**-8)  # of the square of a unit vector's norm
 SEQUENCES = 128  # that a program places
 FILLED = tl.constexpr(32)  # rows of V that a program fills
-CLEARED = 64  # tokens that a program clears
+CLEARED = 64  # tokens whose outputs a program clears
 EVERY = 512  # tokens between the states that are kept for checkpoints
 
 
@@ -64,6 +66,17 @@ def _correction(key):
 
 
 @triton.jit
+def _holds_padding(state_indices, stride, N, PAD: tl.constexpr):
+    """Return whether an index of a batch is padding."""
+    found = 0
+    for first in range(0, N, 32):
+        n = first + tl.arange(0, 32)
+        slot = tl.load(state_indices + n * stride, mask=n < N, other=PAD + 1)
+        found |= tl.max((slot <= PAD).to(tl.int32), 0)
+    return found != 0
+
+
+@triton.jit
 def _unit(x):
     """Return rows normalised, and rounded to their dtype."""
     value = x.to(tl.float32)
@@ -73,33 +86,36 @@ def _unit(x):
 
 @triton.jit(do_not_specialize=(*STEP_SIZES, "own"), do_not_specialize_on_alignment=STEP_TENSORS)
 def _place(
-    q, k, unit_q, unit_k, g, beta, alpha, strength, cu_seqlens, state_indices, out_state_indices,
-    has_initial_state, checkpoint_offsets, offsets, slots, starts, state, kept, num_rows, N, own,
-    q_t, q_h, k_t, k_h, g_t, g_h, b_t, b_h, cu_s, indices_s, out_indices_s, initial_s,
+    q, k, unit_q, unit_k, g, beta, alpha, strength, o, cu_seqlens, state_indices,
+    out_state_indices, has_initial_state, checkpoint_offsets, offsets, slots, starts, state, kept,
+    T, N, own, q_t, q_h, k_t, k_h, g_t, g_h, b_t, b_h, cu_s, indices_s, out_indices_s, initial_s,
     checkpoints_s, state_s, state_h: tl.constexpr, state_v: tl.constexpr, H: tl.constexpr,
-    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PAD: tl.constexpr, FILLS: tl.constexpr,
-    EVERY: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, SEQUENCES: tl.constexpr,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PAD: tl.constexpr, EVERY: tl.constexpr,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, SEQUENCES: tl.constexpr, CLEARED: tl.constexpr,
 ):  # fmt: skip
-    """Run a program of the gates, of the sequences' lists or of the rows to fill.
+    """Run a program of the gates, of the sequences' lists, of rows of nobody or of rows to fill.
 
     Where k is None, beta is as meant; where q is, k is normalised already.
     """
     program = tl.program_id(0)
+    num_rows = T * H
     gates = (num_rows + ROWS - 1) // ROWS
-    lists = (N + SEQUENCES) // SEQUENCES
+    lists = (N + 1 + SEQUENCES) // SEQUENCES
+    clears = (T + CLEARED - 1) // CLEARED
     if program < gates:
         RATIO: tl.constexpr = HV // H
         row = program * ROWS + tl.arange(0, ROWS)[:, None]
         inside = row < num_rows
-        t = (row // H).to(tl.int64)
+        token = row // H
+        t = token.to(tl.int64)
         h = row % H
         i = tl.arange(0, HEADS)[None, :]
         head = h * RATIO + i
         mask = inside & (i < RATIO)
         decay = tl.load(g + t * g_t + head * g_h, mask=mask, other=0.0)
+        amount = tl.load(beta + t * b_t + head * b_h, mask=mask, other=0.0)
         if k is not None:
             o_k = tl.arange(0, K)[None, :]
-            given = tl.load(beta + t * b_t + head * b_h, mask=mask, other=0.0)
             key = tl.load(k + t * k_t + h * k_h + o_k, mask=inside, other=0.0)
             if q is not None:
                 query = tl.load(q + t * q_t + h * q_h + o_k, mask=inside, other=0.0)
@@ -107,17 +123,23 @@ def _place(
                 at = row.to(tl.int64) * K + o_k
                 tl.store(unit_q + at, _unit(query), mask=inside)
                 tl.store(unit_k + at, key, mask=inside)
-            by = _correction(key)[:, None]
-            tl.store(strength + t * HV + head, given * by, mask=mask)
-        tl.store(alpha + t * HV + head, tl.exp(decay), mask=mask)
+            amount *= _correction(key)[:, None]
+        # usually no sequence is padding, which one load tells
+        live = token < tl.load(cu_seqlens + N * cu_s).to(tl.int32)
+        if _holds_padding(state_indices, indices_s, N, PAD):
+            n = sequence_of(cu_seqlens, cu_s, N, token)
+            live = tl.load(state_indices + n * indices_s, mask=n < N, other=PAD) > PAD
+        tl.store(strength + t * HV + head, tl.where(live, amount, 0.0), mask=mask)
+        tl.store(alpha + t * HV + head, tl.where(live, tl.exp(decay), 1.0), mask=mask)
         return
     program -= gates
     if program < lists:
         n = program * SEQUENCES + tl.arange(0, SEQUENCES)
-        offset = tl.load(cu_seqlens + n * cu_s, mask=n <= N, other=0).to(tl.int32)
-        tl.store(offsets + n, offset, mask=n <= N)
+        inside = n <= N + 1
+        offset = tl.load(cu_seqlens + tl.minimum(n, N) * cu_s, mask=inside, other=0).to(tl.int32)
+        tl.store(offsets + n, offset, mask=inside)
         if kept is not None:
-            tl.store(starts + n, first_row(offset, n, EVERY) + 1, mask=n <= N)
+            tl.store(starts + n, first_row(offset, n, EVERY) + 1, mask=inside)
         source = tl.load(state_indices + n * indices_s, mask=n < N, other=PAD).to(tl.int64)
         writes = source > PAD
         slot = source
@@ -126,68 +148,60 @@ def _place(
             at = out_state_indices + n * out_indices_s
             slot = tl.load(at, mask=n < N, other=PAD).to(tl.int64)
             writes = writes & (slot > PAD)
-            row += n
-        tl.store(slots + n, tl.where(writes, slot, row).to(tl.int32), mask=n < N)
+            row += tl.minimum(n, N - 1)
+        tl.store(slots + n, tl.where(writes, slot, row).to(tl.int32), mask=n <= N)
         return
-    if FILLS:
-        program -= lists
-        part = program % (V // FILLED)
-        head = program // (V // FILLED) % HV
-        n = program // (V // FILLED * HV)
-        source = tl.load(state_indices + n * indices_s).to(tl.int64)
-        if source <= PAD:
+    program -= lists
+    if program < clears:
+        first = program * CLEARED
+        total = tl.load(cu_seqlens + N * cu_s).to(tl.int32)
+        if first + CLEARED <= total:
             return
-        reads = n >= 0
-        if has_initial_state is not None:
-            reads = tl.load(has_initial_state + n * initial_s) != 0
-        target = source
-        if out_state_indices is not None:
-            target = tl.load(out_state_indices + n * out_indices_s).to(tl.int64)
-            if target <= PAD:
-                target = (own + n).to(tl.int64)
-        fills = (not reads) | (target != source)
-        keeps = n < 0
+        token = first + tl.arange(0, CLEARED)[:, None]
+        nobody = (token >= total) & (token < T)
+        at = o + token.to(tl.int64) * (HV * V) + tl.arange(0, V)[None, :]
+        for head in range(HV):
+            nothing = tl.zeros([CLEARED, V], o.dtype.element_ty)
+            tl.store(at + head * V, nothing, mask=nobody)
+        return
+    program -= clears
+    part = program % (V // FILLED)
+    head = program // (V // FILLED) % HV
+    n = program // (V // FILLED * HV)
+    source = tl.load(state_indices + n * indices_s).to(tl.int64)
+    start = tl.load(cu_seqlens + n * cu_s).to(tl.int32)
+    live = source > PAD
+    # it has no tokens, and nothing to write
+    if (not live) & (start == tl.load(cu_seqlens + (n + 1) * cu_s).to(tl.int32)):
+        return
+    reads = live
+    if has_initial_state is not None:
+        reads = live & (tl.load(has_initial_state + n * initial_s) != 0)
+    target = source
+    row = own.to(tl.int64)
+    if out_state_indices is not None:
+        target = tl.load(out_state_indices + n * out_indices_s).to(tl.int64)
+        row += n
+    if (not live) | (target <= PAD):
+        target = row
+    fills = (not reads) | (target != source)
+    keeps = n < 0
+    if kept is not None:
+        checkpoint = tl.load(checkpoint_offsets + n * checkpoints_s).to(tl.int32)
+        keeps = live & (checkpoint >= 0) & (checkpoint < EVERY)
+    if fills | keeps:
+        o_v = part * FILLED + tl.arange(0, FILLED)[:, None]
+        o_k = tl.arange(0, K)[None, :]
+        inside = head * state_h + o_v * state_v + o_k
+        value = tl.zeros([FILLED, K], state.dtype.element_ty)
+        if reads:
+            value = tl.load(state + source * state_s + inside)
+        if fills:
+            tl.store(state + target * state_s + inside, value)
         if kept is not None:
-            checkpoint = tl.load(checkpoint_offsets + n * checkpoints_s).to(tl.int32)
-            keeps = (checkpoint >= 0) & (checkpoint < EVERY)
-        if fills | keeps:
-            o_v = part * FILLED + tl.arange(0, FILLED)[:, None]
-            o_k = tl.arange(0, K)[None, :]
-            inside = head * state_h + o_v * state_v + o_k
-            value = tl.zeros([FILLED, K], state.dtype.element_ty)
-            if reads:
-                value = tl.load(state + source * state_s + inside)
-            if fills:
-                tl.store(state + target * state_s + inside, value)
-            if kept is not None:
-                if keeps:
-                    start = tl.load(cu_seqlens + n * cu_s).to(tl.int32)
-                    row = first_row(start, n, EVERY).to(tl.int64) * HV + head
-                    tl.store(kept + row * (V * K) + o_v * K + o_k, value.to(tl.float32))
-
-
-@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
-def _clear(
-    o, out, cu_seqlens, state_indices, N, T, out_t, out_h, out_v, cu_s, indices_s,
-    HV: tl.constexpr, V: tl.constexpr, PAD: tl.constexpr, COPIES: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    sequence, _, end, first = locate(cu_seqlens, cu_s, N, T, tl.program_id(0), ROWS)
-    slot = tl.load(state_indices + sequence * indices_s, mask=sequence < N, other=PAD)
-    is_live = slot > PAD
-    if is_live and not COPIES:
-        return
-    if first >= end:
-        return
-    row = first.to(tl.int64) + tl.arange(0, ROWS)[:, None]
-    v = tl.arange(0, V)[None, :]
-    inside = row < end
-    for head in range(HV):
-        value = tl.zeros([ROWS, V], o.dtype.element_ty)
-        if is_live:
-            value = tl.load(o + (row * HV + head) * V + v, mask=inside, other=0.0)
-        at = out + row * out_t + head * out_h + v * out_v
-        tl.store(at, value.to(out.dtype.element_ty), mask=inside)
+            if keeps:
+                row = first_row(start, n, EVERY).to(tl.int64) * HV + head
+                tl.store(kept + row * (V * K) + o_v * K + o_k, value.to(tl.float32))
 
 
 class Placed:
@@ -198,12 +212,12 @@ class Placed:
         k: [T, H, K] keys, likewise.
         alpha: [T, HV] linear decay.
         beta: [T, HV] write strength.
-        cu_seqlens: [N + 1] int32.
-        slots: [N] int32 rows of the pool, or of ``own``, counted from the pool's first.
+        cu_seqlens: [N + 2] int32, an empty sequence behind the batch's.
+        slots: [N + 1] int32 rows of the pool, or of ``own``, counted from the pool's first.
         own: memory for what may write no slot.
         kept: [rows, HV, V, K] float32 where checkpoints are wanted: a sequence's initial state,
             and room for the states every EVERY tokens behind it.
-        starts: [N + 1] int32 rows of ``kept`` behind the sequences' initial states.
+        starts: [N + 2] int32 rows of ``kept`` behind the sequences' initial states.
     """
 
     __slots__ = ("alpha", "beta", "cu_seqlens", "k", "kept", "own", "q", "slots", "starts")
@@ -215,12 +229,13 @@ class Placed:
         g: Tensor,
         beta: Tensor,
         state: Tensor,
+        o: Tensor,
         *,
         metadata: PrefillMetadata,
         norms: Norms,
         pad: int,
     ) -> None:
-        """Make it, in one launch.
+        """Make it, in one launch, which writes zeros to the outputs of nobody as well.
 
         Args:
             q: [T, H, K] queries.
@@ -228,6 +243,7 @@ class Placed:
             g: [T, HV] log decay.
             beta: [T, HV] write strength.
             state: the pool.
+            o: [T, HV, V] contiguous, where outputs will be.
             metadata: the batch.
             norms: those of q and k.
             pad: an index at or below it is padding.
@@ -250,38 +266,26 @@ class Placed:
             self.q, self.k = packed(q), packed(k)
             keys = self.k if norms is Norms.DONE else None
         self.alpha = torch.empty((T, HV), dtype=torch.float32, device=g.device)
-        self.beta = packed(beta) if keys is None else torch.empty_like(self.alpha)
-        self.cu_seqlens, self.slots = integers(N + 1), integers(N)
+        self.beta = torch.empty_like(self.alpha)
+        self.cu_seqlens, self.slots = integers(N + 2), integers(N + 1)
         self.kept = self.starts = None
         if checkpoints is not None:
             rows = T // EVERY + N + 1
             self.kept = torch.empty((rows, HV, V, K), dtype=torch.float32, device=g.device)
-            self.starts = integers(N + 1)
+            self.starts = integers(N + 2)
         self.own, first = _rows_beside(state, 1 if targets is None else N)
-        fills = targets is not None or fresh is not None or checkpoints is not None
-        programs = ceil_div(T * H, tile.rows) + ceil_div(N + 1, SEQUENCES)
-        if fills:
-            programs += N * HV * (V // FILLED.value)
+        programs = ceil_div(T * H, tile.rows) + ceil_div(N + 2, SEQUENCES)
+        programs += ceil_div(T, CLEARED) + N * HV * (V // FILLED.value)
         _place[(programs,)](
-            queries, keys, self.q, self.k, g, beta, self.alpha, self.beta, metadata.cu_seqlens,
+            queries, keys, self.q, self.k, g, beta, self.alpha, self.beta, o, metadata.cu_seqlens,
             metadata.state_indices, targets, fresh, checkpoints, self.cu_seqlens, self.slots,
-            self.starts, state, self.kept, T * H, N, first, *strides(queries, 3)[:2],
+            self.starts, state, self.kept, T, N, first, *strides(queries, 3)[:2],
             *strides(keys, 3)[:2], *g.stride(), *beta.stride(), metadata.cu_seqlens.stride(0),
             metadata.state_indices.stride(0), *strides(targets, 1), *strides(fresh, 1),
-            *strides(checkpoints, 1), *state.stride()[:3], H, HV, K, V, pad, fills, EVERY,
-            tile.rows, power_of_two(HV // H), SEQUENCES, num_warps=tile.warps,
+            *strides(checkpoints, 1), *state.stride()[:3], H, HV, K, V, pad, EVERY,
+            tile.rows, power_of_two(HV // H), SEQUENCES, CLEARED, num_warps=tile.warps,
             enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
-
-
-def clear(o: Tensor, out: Tensor, metadata: PrefillMetadata, pad: int) -> None:
-    """Write zeros to rows of padding and of nobody; copy the others of ``o`` where not ``out``."""
-    (T, HV, V), N = out.shape, len(metadata.cu_seqlens) - 1
-    _clear[(num_programs(T, N, CLEARED),)](
-        o, out, metadata.cu_seqlens, metadata.state_indices, N, T, *out.stride(),
-        metadata.cu_seqlens.stride(0), metadata.state_indices.stride(0), HV, V, pad,
-        o is not out, CLEARED, num_warps=4, enable_fp_fusion=FP_FUSION,
-    )  # fmt: skip
 
 
 def _rows_beside(state: Tensor, count: int) -> tuple[Tensor, int]:

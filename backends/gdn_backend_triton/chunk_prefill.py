@@ -4,8 +4,8 @@
 1. ``attend`` and ``invert`` fill what every chunk needs that depends on no state.
 2. Where sequences are too few to fill the device they are cut into segments that run side by side.
    ``_bridge`` gives every segment what it needs to start: where a head has decayed to below
-   float32's rounding since some chunk, nothing, the segment warms up from there; else the map
-   S -> S M + N of the segments before it.
+   float32's rounding since some chunk, and no key made a state grow, nothing, the segment warms up
+   from there; else the map S -> S M + N of the segments before it.
 3. ``_scan`` runs every sequence, or segment, with the state in registers and writes the outputs.
 """
 
@@ -77,6 +77,7 @@ ONE_PROGRAM_TILES: dict[str, Tile] = {}
 if not is_before(triton.__version__, (3, 7)) and is_before(triton.__version__, (3, 9)):
     ONE_PROGRAM_TILES["gfx942"] = Tile(BV=64, warps=8, stages=1, programs=304, options=NARROW_MFMA)
 SHORTEST = 4  # chunks of a segment
+AT_ONCE = tl.constexpr(8)  # chunks whose decay is asked for before the first is waited for
 WIDEST_MAP = 256  # bytes of a row
 
 
@@ -178,31 +179,41 @@ def _run(
 
 
 @triton.jit
-def _chunks_to_warm_up(factors, i, LIMIT, HV: tl.constexpr, DECAYS: tl.constexpr):
+def _chunks_to_warm_up(factors, bounds, i, LIMIT, HV: tl.constexpr):
     """Find how many chunks before the ``i``-th leave nothing of what was before them.
+
+    Unit keys leave what decay leaves; others at most what ``bounds`` say.
 
     Returns:
         Their number, and whether LIMIT of them leave something: then a map is needed.
     """
     total = 0.0
     chunks = 0
-    if DECAYS:
-        while (chunks < LIMIT) & (total > DROPPED):
-            chunks += 1
-            total += tl.load(factors + (i - chunks).to(tl.int64) * (HV * 4 * CHUNK) + CHUNK - 1)
+    while (chunks < LIMIT) & (total > DROPPED):
+        before = chunks
+        for j in tl.static_range(AT_ONCE):
+            inside = before + j < LIMIT
+            at = (i - before - j - 1).to(tl.int64) * HV
+            if bounds is None:
+                left = tl.load(factors + at * (4 * CHUNK) + CHUNK - 1, mask=inside, other=0.0)
+            else:
+                left = tl.load(bounds + at, mask=inside, other=0.0)
+            goes_on = inside & (total > DROPPED)
+            total += tl.where(goes_on, left, 0.0)
+            chunks += goes_on.to(tl.int32)
     return chunks, total > DROPPED
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _bridge(
-    k, v, state, inverse, factors, initial, add, multiply_high, multiply_low,
+    k, v, state, inverse, factors, bounds, initial, add, multiply_high, multiply_low,
     cu_seqlens, state_indices, has_initial_state, N, T, segment_tokens, warm_up_limit,
     state_s, state_h, state_v, state_k, cu_s, state_indices_s, has_initial_s,
     k_t: tl.constexpr, k_h: tl.constexpr, k_k: tl.constexpr,
     v_t: tl.constexpr, v_h: tl.constexpr, v_v: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    BK: tl.constexpr, L2NORM: tl.constexpr, PAD: tl.constexpr, V_FIRST: tl.constexpr,
-    OVERLAPS: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, PAD: tl.constexpr, V_FIRST: tl.constexpr, OVERLAPS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keep initial states [., HV, V, K]; where a head remembers, N likewise and M [., HV, K, K].
 
@@ -243,12 +254,14 @@ def _bridge(
         tl.extra.cuda.gdc_wait()
     inverse += head * (CHUNK * CHUNK)
     factors += head * (4 * CHUNK)
+    if bounds is not None:
+        bounds += head
     chunks = segment_tokens // CHUNK
     i = sequence + start // CHUNK + (first - start) // CHUNK
-    _, remembers = _chunks_to_warm_up(factors, i + chunks, warm_up_limit, HV, L2NORM)
+    _, remembers = _chunks_to_warm_up(factors, bounds, i + chunks, warm_up_limit, HV)
     warm_up, slow = 0, False
     if first != start:
-        warm_up, slow = _chunks_to_warm_up(factors, i, warm_up_limit, HV, L2NORM)
+        warm_up, slow = _chunks_to_warm_up(factors, bounds, i, warm_up_limit, HV)
         if slow:
             warm_up = 0
     first -= warm_up * CHUNK
@@ -279,9 +292,9 @@ def _bridge(
 
 @triton.jit
 def _fold(
-    add, multiply_high, multiply_low, factors, place, i, i_start, head, segment_tokens,
-    warm_up_limit, o_v, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, L2NORM: tl.constexpr,
-    V_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    add, multiply_high, multiply_low, factors, bounds, place, i, i_start, head, segment_tokens,
+    warm_up_limit, o_v, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, V_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return the state before a segment: through those since one that starts on its own."""
     chunks = segment_tokens // CHUNK
@@ -289,7 +302,7 @@ def _fold(
     back = 1
     slow = True
     while slow & (boundary > i_start):
-        _, slow = _chunks_to_warm_up(factors, boundary, warm_up_limit, HV, L2NORM)
+        _, slow = _chunks_to_warm_up(factors, bounds, boundary, warm_up_limit, HV)
         if slow:
             boundary -= chunks
             back += 1
@@ -315,7 +328,7 @@ def _fold(
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _scan(
-    q, k, v, state, attention, inverse, factors, decay_low, k_factor,
+    q, k, v, state, attention, inverse, factors, decay_low, k_factor, bounds,
     initial, add, multiply_high, multiply_low, out, checkpoint_state, cu_seqlens, state_indices,
     has_initial_state, out_state_indices, checkpoint_offsets, checkpoint_indices,
     N, T, segment_tokens, warm_up_limit,
@@ -350,6 +363,8 @@ def _scan(
     attention += head * (CHUNK * CHUNK)
     inverse += head * (CHUNK * CHUNK)
     factors += head * (4 * CHUNK)
+    if bounds is not None:
+        bounds += head
     i = sequence + start // CHUNK + (first - start) // CHUNK
     r = tl.arange(0, CHUNK)
     o_k = tl.arange(0, K)
@@ -385,12 +400,12 @@ def _scan(
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
     if SEGMENTS and first != start:
-        warm_up, slow = _chunks_to_warm_up(factors, i, warm_up_limit, HV, L2NORM)
+        warm_up, slow = _chunks_to_warm_up(factors, bounds, i, warm_up_limit, HV)
         if slow:
             S = _fold(
-                add, multiply_high, multiply_low, factors, place, i,
+                add, multiply_high, multiply_low, factors, bounds, place, i,
                 sequence + start // CHUNK, head, segment_tokens, warm_up_limit, o_v,
-                HV, K, V, L2NORM, V_FIRST, PRECISION,
+                HV, K, V, V_FIRST, PRECISION,
             )  # fmt: skip
         else:
             S = _run(
@@ -571,9 +586,11 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
         offsets, rows = metadata.checkpoint_offsets, metadata.checkpoint_indices
         kept, kept_pad = (state, PAD) if checkpoint_state is None else (checkpoint_state, -1)
         cu_s, slots_s = cu_seqlens.stride(0), slots.stride(0)
+        segment = 0 if never_cut else _segment(T, N, HV * (V // BV), tile)
+        bounds = scratch(places, HV) if segment and not L2NORM else None
         attend[(places * H,)](
-            q, k, g, attention, keys, factors, decay_low, k_factor, cu_seqlens, slots,
-            N, T, q_scale, *g.stride(), cu_s, slots_s, *q.stride(), *k.stride(),
+            q, k, g, beta, attention, keys, factors, decay_low, k_factor, bounds, cu_seqlens, slots,
+            N, T, q_scale, *g.stride(), *beta.stride(), cu_s, slots_s, *q.stride(), *k.stride(),
             H, HV, K, min(K, 128), L2NORM, PAD, OVERLAPS, PRECISION,
             **launch_attend,
         )  # fmt: skip
@@ -582,7 +599,6 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
             *beta.stride(), cu_s, slots_s, H, HV, PAD, LOW, OVERLAPS, PRECISION,
             **launch_invert,
         )  # fmt: skip
-        segment = 0 if never_cut else _segment(T, N, HV * (V // BV), tile)
         initial = add = high = low = None
         pieces, warm_up = N + 1, 0
         if segment:
@@ -591,13 +607,13 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
             high = scratch(pieces, HV, K, K, dtype=v.dtype)
             low = scratch(pieces, HV, K, K, dtype=v.dtype)
             _bridge[(pieces * HV * (V // BV + K // BK),)](
-                k, v, state, inverse, factors, initial, add, high, low,
+                k, v, state, inverse, factors, bounds, initial, add, high, low,
                 cu_seqlens, slots, fresh, N, T, segment, warm_up,
                 *state.stride(), cu_s, slots_s, *strides(fresh, 1), *k.stride(), *v.stride(),
-                H, HV, K, V, BV, BK, L2NORM, PAD, V_FIRST, OVERLAPS, PRECISION, **launch_scan,
+                H, HV, K, V, BV, BK, PAD, V_FIRST, OVERLAPS, PRECISION, **launch_scan,
             )  # fmt: skip
         _scan[(pieces * HV * (V // BV),)](
-            q, k, v, state, attention, inverse, factors, decay_low, k_factor,
+            q, k, v, state, attention, inverse, factors, decay_low, k_factor, bounds,
             initial, add, high, low, out, kept, cu_seqlens, slots, fresh, targets, offsets, rows,
             N, T, segment or T + CHUNK.value, warm_up,
             *state.stride(), *kept.stride(),

@@ -25,6 +25,9 @@ CHUNK = tl.constexpr(64)
 # nats a single token may decay by: its state is gone to 4e-18, and sums over a chunk stay exact
 # enough for the weak decays beside it
 STRONGEST = tl.constexpr(-40.0)
+# log2 of the most that a chunk leaves of a state: this where a beta |k|^2 may lie outside [0, 2],
+# so that I - beta k k^T makes states longer; else what decay leaves
+UNBOUNDED = tl.constexpr(1e30)
 
 
 @triton.jit
@@ -171,8 +174,9 @@ def _store_decayed(
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def attend(
-    q, k, g, attention, keys, factors, decay_low, k_factor, cu_seqlens, state_indices, N, T, scale,
-    g_t, g_h, cu_s, state_indices_s, q_t: tl.constexpr, q_h: tl.constexpr, q_k: tl.constexpr,
+    q, k, g, beta, attention, keys, factors, decay_low, k_factor, bounds, cu_seqlens, state_indices,
+    N, T, scale, g_t, g_h, beta_t, beta_h, cu_s, state_indices_s,
+    q_t: tl.constexpr, q_h: tl.constexpr, q_k: tl.constexpr,
     k_t: tl.constexpr, k_h: tl.constexpr, k_k: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, L2NORM: tl.constexpr,
     PAD: tl.constexpr, OVERLAPS: tl.constexpr, PRECISION: tl.constexpr,
@@ -184,8 +188,9 @@ def attend(
     are not written. Factors are the decay G in log2, and ``read``, ``reach`` and ``write``: the
     state before the chunk is read with ``read`` k, negative because it is taken off v, and with
     ``reach`` q; the one after it gets ``write`` k. They hold decays, norms and scale. k_factor
-    [., H, 64] is k's inverse norm, where L2NORM. Rows past a sequence's end have attention 0 and
-    factors that are finite.
+    [., H, 64] is k's inverse norm, where L2NORM. Bounds [., HV], where given, are log2 of the most
+    that a chunk leaves of a state. Rows past a sequence's end have attention 0 and factors that are
+    finite.
     """
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()
@@ -216,8 +221,10 @@ def attend(
             own = tl.dot(qt, tl.trans(qt), own, input_precision=PRECISION)
     n_q = tl.full([CHUNK], 1.0, tl.float32) * scale
     n_k = tl.full([CHUNK], 1.0, tl.float32)
+    diagonal = r[:, None] == r[None, :]
+    if bounds is not None:
+        longest = tl.max(tl.where(diagonal, alike, 0.0))  # |k|^2
     if L2NORM:
-        diagonal = r[:, None] == r[None, :]
         n_q = tl.rsqrt(tl.sum(tl.where(diagonal, own, 0.0), 1) + 1e-6) * scale
         n_k = tl.rsqrt(tl.sum(tl.where(diagonal, alike, 0.0), 1) + 1e-6)
         tl.store(k_factor + program.to(tl.int64) * CHUNK + r, n_k)
@@ -244,6 +251,11 @@ def attend(
         tl.store(weights + CHUNK, tl.exp2(G) * -n_k)
         tl.store(weights + 2 * CHUNK, tl.exp2(G) * n_q)
         tl.store(weights + 3 * CHUNK, tl.exp2(_apart(total, G, total_low, low, WIDE)) * n_k)
+        if bounds is not None:
+            of_head = beta + base * beta_t + head * beta_h
+            written = tl.load(of_head + r * beta_t, mask=inside, other=0.0) * longest
+            shrinks = tl.min((tl.abs(written - 1.0) <= 1.0).to(tl.int32), 0) != 0
+            tl.store(bounds + chunk, tl.where(shrinks, total, UNBOUNDED))
         apart = _apart(G[:, None], G[None, :], low[:, None], low[None, :], WIDE)
         decayed = seen * tl.exp2(apart)
         rows = attention + chunk * (CHUNK * CHUNK)

@@ -54,9 +54,17 @@ def _product(x, y):
     """Return the sum over K of x * y, the same bits in every thread.
 
     Products are rounded before they are added: fused with the first sum of two threads, each
-    thread would round the other's product and not its own. The sums over S begin within a thread.
+    thread would round the other's product and not its own.
     """
     return tl.sum(tl.sum(tl.fma(x, y, 0.0), 1), 0)
+
+
+@triton.jit
+def _read(S, x, K: tl.constexpr):
+    """Return S x; a row has the same bits in every thread, as ``_product`` does."""
+    # sums of longer rows begin within a thread
+    products = tl.fma(S, tl.broadcast_to(x, S.shape), 0.0) if K <= 64 else S * x
+    return tl.sum(products, 1)
 
 
 @triton.jit
@@ -159,8 +167,8 @@ def _recurrent(
             query_norm = tl.rsqrt(_product(query, query) + 1e-6) * scale
         key *= key_norm
         query *= query_norm
-        predicted = tl.sum(S * key, 1)
-        prior = tl.sum(S * query, 1)
+        predicted = _read(S, key, K)
+        prior = _read(S, query, K)
         delta = beta * (value - decay * predicted)
         o = decay * prior + delta * _product(key, query)
         S = S * decay + delta[:, None] * key

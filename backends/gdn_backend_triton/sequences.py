@@ -42,3 +42,16 @@ def locate(cu_seqlens, stride, N, T, program, BLOCK):
         end = tl.load(cu_seqlens + (low + 1) * stride).to(tl.int32)
     first = start + (program - low - start // BLOCK) * BLOCK
     return low, start, end, first
+
+
+@triton.jit
+def sequence_of(cu_seqlens, stride, N, token):
+    """Return the sequence of each token, N for the rows of nobody."""
+    n = tl.zeros_like(token)
+    left = N + 1
+    while left > 1:
+        half = left // 2
+        start = tl.load(cu_seqlens + (n + half) * stride).to(tl.int32)
+        n = tl.where(start <= token, n + half, n)
+        left -= half
+    return n
