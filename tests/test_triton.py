@@ -343,7 +343,7 @@ def test_a_state_that_keys_made_grow_is_not_forgotten(amd_gpu: Simulator) -> Non
     expected = bind(spec, "cpu").chunk_prefill(**{**call, "state": state})
 
     seen = expected[256:320, 2]  # "two chunks"
-    assert seen.abs().max() > 1e-3
+    assert seen.abs().max() > 1e-4
     torch.testing.assert_close(out[256:320, 2], seen, rtol=1e-2, atol=1e-5)
 
 
