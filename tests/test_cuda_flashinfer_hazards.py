@@ -249,6 +249,19 @@ def test_an_empty_sequence_keeps_what_its_slot_held(kernel: str) -> None:
     assert not mine[4].any()
 
 
+@pytest.mark.parametrize("kernel", [CHUNK, CHUNK_CP])
+def test_the_last_chunk_of_the_last_sequence_is_written_over_rows_of_nobody(kernel: str) -> None:
+    rows, lengths, slots = chunk_of(100), (40, 30), index(3, 4)
+    metadata = PrefillMetadata(offsets_of(*lengths), slots)
+
+    naive = naive_chunk(rows, states_of(UNIT), lengths, slots, use_cp=kernel == CHUNK_CP)
+    o = bound(UNIT, kernel).chunk_prefill(*rows, states_of(UNIT), metadata=metadata)
+
+    assert naive[70:].isfinite().all()  # they were NaN
+    assert not o[70:].any()
+    torch.testing.assert_close(o[:70], naive[:70], rtol=2e-2, atol=2e-2)
+
+
 def test_a_misaligned_slice_is_copied_in_prefill() -> None:
     rows, metadata = chunk_of(100), PrefillMetadata(offsets_of(100), index(3))
     beta = torch.cat([rows.beta.flatten()[:1], rows.beta.flatten()])[1:].view_as(rows.beta)
