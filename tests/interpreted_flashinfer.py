@@ -165,26 +165,31 @@ def test_keys_that_are_no_unit_vectors_stay_as_they_are() -> None:
     torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
 
 
-def test_norms_done_in_front_and_norms_that_are_due_give_flashinfer_the_same() -> None:
-    from gdn_backend_cuda.prefill_slots import Norms, Placed
+def test_what_a_finished_front_end_gives_is_taken_as_it_is() -> None:
+    from gdn_backend_cuda.flashinfer_prefill import make_rule
+    from gdn_backend_cuda.prefill_slots import Given, Placed
 
     # the interpreter rounds to float16 as a GPU does, and cuts bfloat16 off
     spec, rng = replace(RATIO_3, num_k_heads=2, num_v_heads=6), generator()
-    q, k, v = qkv(spec, rng, 70)
-    g, beta = g_beta(spec, rng, 70)
-    o = torch.empty_like(v)
-    batch: dict[str, Any] = {
-        "metadata": PrefillMetadata(torch.tensor([0, 70]), torch.tensor([3])),
-        "pad": spec.pad_slot,
-    }
+    q, k, v = qkv(spec, rng, 170)
+    g, beta = g_beta(spec, rng, 170)
+    # of padding, of nobody, and of an empty sequence are some
+    offsets, slots = torch.tensor([0, 20, 90, 90, 160]), torch.tensor([-1, 3, 7, 5])
+    metadata = PrefillMetadata(offsets, slots)
+    states = [_states(spec) for _ in range(3)]
+    raw, finished = (make_rule(spec, given, use_cp=False) for given in (Given.RAW, Given.FINISHED))
 
-    due = Placed(q, k, g, beta, _states(spec), o, norms=Norms.DUE, **batch)
-    done = Placed(due.q, due.k, g, beta, _states(spec), o, norms=Norms.DONE, **batch)
+    placed = Placed(
+        q, k, g, beta, states[0], v.clone(), metadata=metadata, given=Given.RAW, pad=spec.pad_slot
+    )
+    ready = placed.q, placed.k, v, placed.alpha, placed.beta
+    want = raw(q, k, v, g, beta, states[1], metadata=metadata)
+    o = finished(*ready, states[2], metadata=metadata)
 
-    squares = done.k.float().square().sum(-1).repeat_interleave(3, 1)
-    torch.testing.assert_close(done.beta * squares, beta)
-    for name in ("q", "k", "alpha", "beta"):
-        assert torch.equal(getattr(due, name), getattr(done, name))
+    squares = placed.k.float().square().sum(-1).repeat_interleave(3, 1)
+    torch.testing.assert_close((placed.beta * squares)[20:160], beta[20:160])
+    assert torch.equal(o, want) and not o[160:].any()
+    assert torch.equal(states[2], states[1])
 
 
 def test_a_pool_whose_slots_interleave_is_refused() -> None:

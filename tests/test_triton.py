@@ -347,6 +347,38 @@ def test_a_state_that_keys_made_grow_is_not_forgotten(amd_gpu: Simulator) -> Non
     torch.testing.assert_close(out[256:320, 2], seen, rtol=1e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_finished_front_end_leaves_a_rule_nothing_to_do(
+    amd_gpu: Simulator, dtype: torch.dtype
+) -> None:
+    from gdn_backend_triton.conv1d import make_front_end
+
+    spec, device = replace(SPEC, num_v_heads=6, dtype=dtype), Device("rocm", "gfx942")
+    rng, live = generator(), slice(20, 160)
+    mixed, a, b = random(rng, 170, spec.conv_dim + 12, dtype=dtype).split([spec.conv_dim, 6, 6], 1)
+    weights, windows = params(spec, rng), pool(spec, rng, 8, live=[3, 5, 7]).conv_state
+    # of padding, of nobody, and of an empty sequence are some
+    metadata = PrefillMetadata(slots(0, 20, 90, 90, 160), slots(-1, 3, 7, 5))
+    after = [windows.clone() for _ in range(2)]
+    plain, finished = (
+        make_front_end(spec, device, finished=finished)(
+            mixed, a, b, weights, after[finished], metadata=metadata
+        )
+        for finished in (False, True)
+    )
+
+    squares = finished[1].float().square().sum(-1).repeat_interleave(3, 1)
+    rounded = torch.where((squares - 1).abs() < 2**-8, squares, 1.0)
+    for got, expected in zip(finished[:3], plain[:3], strict=True):
+        assert torch.equal(got[live], expected[live])
+    torch.testing.assert_close(finished[3][live], plain[3][live].exp())
+    torch.testing.assert_close((finished[4] * rounded)[live], plain[4][live])
+    assert (rounded[live] != 1).any()
+    for x, neutral in zip(finished, (0, 0, 0, 1, 0), strict=True):
+        assert (x[:20] == neutral).all() and (x[160:] == neutral).all()
+    assert_identical(*after)
+
+
 @pytest.fixture
 def v_first(monkeypatch: pytest.MonkeyPatch) -> GdnSpec:
     """Let the simulated GPU hold states as Hopper does, of the layer that is returned."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gdn_backend_cuda.checkpoints import gather, keep
 from gdn_backend_cuda.flashinfer_probe import PREFILL, load, parameters
-from gdn_backend_cuda.prefill_slots import EVERY, Norms, Placed
+from gdn_backend_cuda.prefill_slots import EVERY, Given, Placed
 from gdn_backend_cuda.slots import kernel_output, packed
 from gdn_portable.interface import ChunkPrefill
 from gdn_portable.metadata import PrefillMetadata
@@ -25,7 +25,7 @@ _scratch_lock = threading.Lock()
 
 def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -> ChunkPrefill:
     """Return the op: one kernel walks every sequence."""
-    return make_rule(spec, _norms(spec), use_cp=False)
+    return make_rule(spec, _given(spec), use_cp=False)
 
 
 def make_chunk_prefill_cp(spec: GdnSpec, device: Device, *, deterministic: bool) -> ChunkPrefill:
@@ -33,21 +33,21 @@ def make_chunk_prefill_cp(spec: GdnSpec, device: Device, *, deterministic: bool)
 
     Where they are cut depends on the batch, so ``deterministic`` cuts none.
     """
-    return make_rule(spec, _norms(spec), use_cp=not deterministic)
+    return make_rule(spec, _given(spec), use_cp=not deterministic)
 
 
-def _norms(spec: GdnSpec) -> Norms:
-    return Norms.DUE if spec.qk_l2norm else Norms.NONE
+def _given(spec: GdnSpec) -> Given:
+    return Given.RAW if spec.qk_l2norm else Given.VECTORS
 
 
-def make_rule(spec: GdnSpec, norms: Norms, *, use_cp: bool) -> ChunkPrefill:
+def make_rule(spec: GdnSpec, given: Given, *, use_cp: bool) -> ChunkPrefill:
     """Return the launches.
 
     Rows of padding are operands of products, times zero: q, k and v need finite numbers there.
 
     Args:
         spec: the layer.
-        norms: those of q and k, whatever the spec says.
+        given: what q, k, g and beta are, whatever the spec says.
         use_cp: whether sequences are cut into parts that run side by side.
     """
     launch = load(PREFILL)
@@ -84,7 +84,7 @@ def make_rule(spec: GdnSpec, norms: Norms, *, use_cp: bool) -> ChunkPrefill:
         if not N:
             return result.zero_()
         v = packed(v)
-        placed = Placed(q, k, g, beta, state, o, metadata=metadata, norms=norms, pad=spec.pad_slot)
+        placed = Placed(q, k, g, beta, state, o, metadata=metadata, given=given, pad=spec.pad_slot)
         if not T:
             return result
         run(

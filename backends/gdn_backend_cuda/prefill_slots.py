@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from gdn_backend_triton.launch import FP_FUSION, STEP_SIZES, STEP_TENSORS, ceil_div, power_of_two
+from gdn_backend_triton.maths import correction
 from gdn_backend_triton.sequences import sequence_of
 from gdn_backend_triton.taps import strides
 from torch import Tensor
@@ -26,23 +27,22 @@ from gdn_portable.errors import InputError
 from gdn_portable.metadata import PrefillMetadata
 
 
-class Norms(str, Enum):
-    """Whether q and k are to be unit vectors, and are."""
+class Given(str, Enum):
+    """What a batch's q, k, g and beta are."""
 
-    NONE = "none"  # they are taken as they are
-    DONE = "done"  # beta makes up for what rounding did to the length of k
-    DUE = "due"  # they are normalised and rounded, then likewise
+    RAW = "raw"  # q and k are to be normalised, decay is log decay
+    VECTORS = "vectors"  # q and k are taken as they are
+    FINISHED = "finished"  # all are what a finished front end gives
 
 
 class Tile(NamedTuple):
     """What a program of the gates owns."""
 
-    rows: int  # of a token and a key head, or a value head where no keys are read
+    rows: int  # of a token and a key head; of a value head where there are no norms
     warps: int  # those of the programs beside it as well
 
 
-TILES = {Norms.NONE: Tile(1024, 4), Norms.DONE: Tile(32, 4), Norms.DUE: Tile(32, 4)}
-MOST_ROUNDED = tl.constexpr(2.0**-8)  # of the square of a unit vector's norm
+TILES = {Given.RAW: Tile(32, 4), Given.VECTORS: Tile(1024, 4), Given.FINISHED: Tile(1, 4)}
 SEQUENCES = 128  # that a program places
 FILLED = tl.constexpr(32)  # rows of V that a program fills
 CLEARED = 64  # tokens whose outputs a program clears
@@ -53,16 +53,6 @@ EVERY = 512  # tokens between the states that are kept for checkpoints
 def first_row(start, n, EVERY: tl.constexpr):
     """Return the row of a sequence's initial state among the states kept every EVERY tokens."""
     return start // EVERY + n
-
-
-@triton.jit
-def _correction(key):
-    """Return what makes up in beta for what rounding did to the length of a unit vector."""
-    key = key.to(tl.float32)
-    squares = tl.sum(key * key, 1)
-    # farther from 1 is no rounding: a key near zero
-    is_rounded = tl.abs(squares - 1.0) < MOST_ROUNDED
-    return tl.where(is_rounded, 1.0 / tl.where(is_rounded, squares, 1.0), 1.0)
 
 
 @triton.jit
@@ -84,6 +74,42 @@ def _unit(x):
     return value.to(x.dtype)
 
 
+@triton.jit
+def _store_gates(
+    program, q, k, unit_q, unit_k, g, beta, alpha, strength, cu_seqlens, state_indices, T, N,
+    q_t, q_h, k_t, k_h, g_t, g_h, b_t, b_h, cu_s, indices_s, H: tl.constexpr, HV: tl.constexpr,
+    K: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Store a program's gates, and its rows of q and k normalised where q is not None."""
+    RATIO: tl.constexpr = HV // H
+    row = program * ROWS + tl.arange(0, ROWS)[:, None]
+    inside = row < T * H
+    token = row // H
+    t = token.to(tl.int64)
+    h = row % H
+    i = tl.arange(0, HEADS)[None, :]
+    head = h * RATIO + i
+    mask = inside & (i < RATIO)
+    decay = tl.load(g + t * g_t + head * g_h, mask=mask, other=0.0)
+    amount = tl.load(beta + t * b_t + head * b_h, mask=mask, other=0.0)
+    if q is not None:
+        o_k = tl.arange(0, K)[None, :]
+        key = tl.load(k + t * k_t + h * k_h + o_k, mask=inside, other=0.0)
+        query = tl.load(q + t * q_t + h * q_h + o_k, mask=inside, other=0.0)
+        key = _unit(key)
+        at = row.to(tl.int64) * K + o_k
+        tl.store(unit_q + at, _unit(query), mask=inside)
+        tl.store(unit_k + at, key, mask=inside)
+        amount *= correction(key)[:, None]
+    # usually no sequence is padding, which one load tells
+    live = token < tl.load(cu_seqlens + N * cu_s).to(tl.int32)
+    if _holds_padding(state_indices, indices_s, N, PAD):
+        n = sequence_of(cu_seqlens, cu_s, N, token)
+        live = tl.load(state_indices + n * indices_s, mask=n < N, other=PAD) > PAD
+    tl.store(strength + t * HV + head, tl.where(live, amount, 0.0), mask=mask)
+    tl.store(alpha + t * HV + head, tl.where(live, tl.exp(decay), 1.0), mask=mask)
+
+
 @triton.jit(do_not_specialize=(*STEP_SIZES, "own"), do_not_specialize_on_alignment=STEP_TENSORS)
 def _place(
     q, k, unit_q, unit_k, g, beta, alpha, strength, o, cu_seqlens, state_indices,
@@ -95,44 +121,21 @@ def _place(
 ):  # fmt: skip
     """Run a program of the gates, of the sequences' lists, of rows of nobody or of rows to fill.
 
-    Where k is None, beta is as meant; where q is, k is normalised already.
+    Where alpha is None there are none of the gates.
     """
     program = tl.program_id(0)
-    num_rows = T * H
-    gates = (num_rows + ROWS - 1) // ROWS
     lists = (N + 1 + SEQUENCES) // SEQUENCES
     clears = (T + CLEARED - 1) // CLEARED
-    if program < gates:
-        RATIO: tl.constexpr = HV // H
-        row = program * ROWS + tl.arange(0, ROWS)[:, None]
-        inside = row < num_rows
-        token = row // H
-        t = token.to(tl.int64)
-        h = row % H
-        i = tl.arange(0, HEADS)[None, :]
-        head = h * RATIO + i
-        mask = inside & (i < RATIO)
-        decay = tl.load(g + t * g_t + head * g_h, mask=mask, other=0.0)
-        amount = tl.load(beta + t * b_t + head * b_h, mask=mask, other=0.0)
-        if k is not None:
-            o_k = tl.arange(0, K)[None, :]
-            key = tl.load(k + t * k_t + h * k_h + o_k, mask=inside, other=0.0)
-            if q is not None:
-                query = tl.load(q + t * q_t + h * q_h + o_k, mask=inside, other=0.0)
-                key = _unit(key)
-                at = row.to(tl.int64) * K + o_k
-                tl.store(unit_q + at, _unit(query), mask=inside)
-                tl.store(unit_k + at, key, mask=inside)
-            amount *= _correction(key)[:, None]
-        # usually no sequence is padding, which one load tells
-        live = token < tl.load(cu_seqlens + N * cu_s).to(tl.int32)
-        if _holds_padding(state_indices, indices_s, N, PAD):
-            n = sequence_of(cu_seqlens, cu_s, N, token)
-            live = tl.load(state_indices + n * indices_s, mask=n < N, other=PAD) > PAD
-        tl.store(strength + t * HV + head, tl.where(live, amount, 0.0), mask=mask)
-        tl.store(alpha + t * HV + head, tl.where(live, tl.exp(decay), 1.0), mask=mask)
-        return
-    program -= gates
+    if alpha is not None:
+        gates = (T * H + ROWS - 1) // ROWS
+        if program < gates:
+            _store_gates(
+                program, q, k, unit_q, unit_k, g, beta, alpha, strength, cu_seqlens, state_indices,
+                T, N, q_t, q_h, k_t, k_h, g_t, g_h, b_t, b_h, cu_s, indices_s, H, HV, K, PAD, ROWS,
+                HEADS,
+            )  # fmt: skip
+            return
+        program -= gates
     if program < lists:
         n = program * SEQUENCES + tl.arange(0, SEQUENCES)
         inside = n <= N + 1
@@ -232,7 +235,7 @@ class Placed:
         o: Tensor,
         *,
         metadata: PrefillMetadata,
-        norms: Norms,
+        given: Given,
         pad: int,
     ) -> None:
         """Make it, in one launch, which writes zeros to the outputs of nobody as well.
@@ -240,17 +243,17 @@ class Placed:
         Args:
             q: [T, H, K] queries.
             k: [T, H, K] keys.
-            g: [T, HV] log decay.
+            g: [T, HV] log decay, or linear.
             beta: [T, HV] write strength.
             state: the pool.
             o: [T, HV, V] contiguous, where outputs will be.
             metadata: the batch.
-            norms: those of q and k.
+            given: what q, k, g and beta are.
             pad: an index at or below it is padding.
         """
         (T, HV), N = g.shape, len(metadata.cu_seqlens) - 1
         V, K = state.shape[2:]
-        H, tile = HV if norms is Norms.NONE else q.shape[1], TILES[norms]
+        H, tile = q.shape[1] if given is Given.RAW else HV, TILES[given]
         targets, fresh = metadata.out_state_indices, metadata.has_initial_state
         checkpoints = metadata.checkpoint_offsets
 
@@ -259,14 +262,17 @@ class Placed:
 
         queries: Tensor | None = None
         keys: Tensor | None = None
-        if norms is Norms.DUE:
+        alpha: Tensor | None = None
+        if given is Given.RAW:
             queries, keys = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
             self.q, self.k = torch.empty((2, *q.shape), dtype=q.dtype, device=q.device).unbind()
         else:
             self.q, self.k = packed(q), packed(k)
-            keys = self.k if norms is Norms.DONE else None
-        self.alpha = torch.empty((T, HV), dtype=torch.float32, device=g.device)
-        self.beta = torch.empty_like(self.alpha)
+        if given is Given.FINISHED:
+            self.alpha, self.beta = packed(g), packed(beta)
+        else:
+            alpha = torch.empty((T, HV), dtype=torch.float32, device=g.device)
+            self.alpha, self.beta = alpha, torch.empty_like(alpha)
         self.cu_seqlens, self.slots = integers(N + 2), integers(N + 1)
         self.kept = self.starts = None
         if checkpoints is not None:
@@ -274,10 +280,11 @@ class Placed:
             self.kept = torch.empty((rows, HV, V, K), dtype=torch.float32, device=g.device)
             self.starts = integers(N + 2)
         self.own, first = _rows_beside(state, 1 if targets is None else N)
-        programs = ceil_div(T * H, tile.rows) + ceil_div(N + 2, SEQUENCES)
-        programs += ceil_div(T, CLEARED) + N * HV * (V // FILLED.value)
+        programs = 0 if alpha is None else ceil_div(T * H, tile.rows)
+        programs += ceil_div(N + 2, SEQUENCES) + ceil_div(T, CLEARED)
+        programs += N * HV * (V // FILLED.value)
         _place[(programs,)](
-            queries, keys, self.q, self.k, g, beta, self.alpha, self.beta, o, metadata.cu_seqlens,
+            queries, keys, self.q, self.k, g, beta, alpha, self.beta, o, metadata.cu_seqlens,
             metadata.state_indices, targets, fresh, checkpoints, self.cu_seqlens, self.slots,
             self.starts, state, self.kept, T, N, first, *strides(queries, 3)[:2],
             *strides(keys, 3)[:2], *g.stride(), *beta.stride(), metadata.cu_seqlens.stride(0),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A layer's prefill around a chunk kernel that takes unit vectors: the front end makes them."""
+"""A layer's prefill around a chunk kernel that takes what a finished front end gives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gdn_backend_triton.gated_rms_norm import make_gated_rms_norm
 from gdn_backend_triton.prefill_step import join_prefill
 
 from gdn_backend_cuda.flashinfer_prefill import make_rule
-from gdn_backend_cuda.prefill_slots import Norms
+from gdn_backend_cuda.prefill_slots import Given
 from gdn_portable.interface import PrefillStep
 from gdn_portable.spec import Device, GdnSpec
 
@@ -26,9 +26,8 @@ def make_prefill_step_cp(spec: GdnSpec, device: Device, *, deterministic: bool) 
 
 
 def _make_step(spec: GdnSpec, device: Device, *, deterministic: bool, use_cp: bool) -> PrefillStep:
-    """Return the step: front end with the norms of q and k, chunks, norm and gate."""
-    front_end = make_front_end(replace(spec, scale=1.0), device, clears=True)
-    norms = Norms.DONE if spec.qk_l2norm else Norms.NONE
-    rule = make_rule(spec, norms, use_cp=use_cp)
+    """Return the step: finished front end, chunks, norm and gate."""
+    front_end = make_front_end(replace(spec, scale=1.0), device, finished=True)
+    rule = make_rule(spec, Given.FINISHED, use_cp=use_cp)
     gated_rms_norm = make_gated_rms_norm(spec, device, deterministic=deterministic)
     return join_prefill(front_end, rule, gated_rms_norm)

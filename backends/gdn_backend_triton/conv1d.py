@@ -20,7 +20,7 @@ from gdn_backend_triton.launch import (
     power_of_two,
     refuse_gradients,
 )
-from gdn_backend_triton.maths import gates
+from gdn_backend_triton.maths import correction, gates
 from gdn_backend_triton.sequences import locate, num_programs
 from gdn_backend_triton.taps import (
     convolve,
@@ -166,17 +166,27 @@ def _turn_window(
 
 @triton.jit
 def _store_rows(
-    rows, out, out_t, out_d, left, mask, row, channel, weight, bias, scale, W: tl.constexpr,
-    RUN: tl.constexpr, SILU: tl.constexpr, NORMALISE: tl.constexpr,
+    rows, out, out_t, out_d, left, mask, row, channel, weight, bias, scale, b, beta, b_t, b_h,
+    beta_t, heads, W: tl.constexpr, RUN: tl.constexpr, SILU: tl.constexpr,
+    NORMALISE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Convolve the runs and store what comes out times ``scale``, normalised where asked for."""
+    """Convolve the runs and store what comes out times ``scale``, normalised where asked for.
+
+    Where ``beta`` is not None, what comes out are keys: store it for that many of their HEADS.
+    """
     for i in tl.static_range(RUN):
         y = convolve(rows, i, weight, bias, W, SILU)
         if NORMALISE:
             y *= tl.rsqrt(tl.sum(y * y, 1) + 1e-6)[:, None]
-        y *= scale
+        y = (y * scale).to(out.dtype.element_ty)
         target = out + (row + i) * out_t + channel * out_d
-        tl.store(target, y.to(out.dtype.element_ty), mask=(row + i < left) & mask)
+        tl.store(target, y, mask=(row + i < left) & mask)
+        if beta is not None:
+            h = tl.arange(0, HEADS)[None, :]
+            inside = (row + i < left) & (h < heads)
+            logit = tl.load(b + (row + i) * b_t + h * b_h, mask=inside, other=0.0)
+            amount = tl.sigmoid(logit.to(tl.float32)) * correction(y)[:, None]
+            tl.store(beta + (row + i) * beta_t + h, amount, mask=inside)
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
@@ -221,8 +231,8 @@ def _conv1d_prefill(
             initial_n, offsets_n, checkpoints_n, W, PAD,
         )  # fmt: skip
     _store_rows(
-        rows, out, out_t, out_d, end - first, within, row, channel, columns, offset, 1.0, W, RUN,
-        SILU, False,
+        rows, out, out_t, out_d, end - first, within, row, channel, columns, offset, 1.0, None,
+        None, 0, 0, 0, 0, W, RUN, SILU, False, 1,
     )  # fmt: skip
 
 
@@ -272,9 +282,14 @@ def make_conv1d_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -
 @triton.jit
 def _store_gates(
     a, b, A_log, dt_bias, g, beta, first, end, a_t, a_h, b_t, b_h, A_log_h, dt_bias_h,
-    HV: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
+    live, HV: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, FINISHED: tl.constexpr,
+    WITH_BETA: tl.constexpr,
 ):  # fmt: skip
-    """Store the gates of a block of tokens, some of them at a time."""
+    """Store the gates of a block of tokens, some of them at a time.
+
+    Where FINISHED, decay is e^g, and those of padding leave a state as it is. Without WITH_BETA
+    beta is stored for padding alone.
+    """
     STEP: tl.constexpr = min(TOKENS, 64)
     h = tl.arange(0, HEADS)[None, :]
     decay = tl.load(A_log + h * A_log_h, mask=h < HV, other=0.0)
@@ -285,8 +300,11 @@ def _store_gates(
         a_now = tl.load(a + t * a_t + h * a_h, mask=mask, other=0.0)
         b_now = tl.load(b + t * b_t + h * b_h, mask=mask, other=0.0)
         g_t, beta_t = gates(a_now, b_now, decay, shift)
+        if FINISHED:
+            g_t = tl.where(live, tl.exp(g_t), 1.0)
+            beta_t = tl.where(live, beta_t, 0.0)
         tl.store(g + t * HV + h, g_t, mask=mask)
-        tl.store(beta + t * HV + h, beta_t, mask=mask)
+        tl.store(beta + t * HV + h, beta_t, mask=mask if WITH_BETA else mask & (not live))
 
 
 @triton.jit
@@ -306,7 +324,7 @@ def _front_end(
     cu_n, indices_n, out_indices_n, initial_n, offsets_n, checkpoints_n, SCALE: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     RUNS: tl.constexpr, RUN: tl.constexpr, HEADS: tl.constexpr, PAD: tl.constexpr,
-    SILU: tl.constexpr, NORMALISE: tl.constexpr, CLEARS: tl.constexpr,
+    SILU: tl.constexpr, NORMALISE: tl.constexpr, FINISHED: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = 2 * H * K + HV * V
     BLOCKS: tl.constexpr = (D + K - 1) // K
@@ -318,11 +336,13 @@ def _front_end(
     if (first >= end) & (first > start):
         return
     slot = _slot_of(sequence, N, state_indices, indices_n, PAD)
+    # the program that has a key rounded can tell by how much
+    CORRECTS: tl.constexpr = FINISHED and NORMALISE
     if block == BLOCKS:
-        if slot > PAD:
+        if FINISHED or slot > PAD:
             _store_gates(
                 a, b, A_log, dt_bias, g, beta, first, end, a_t, a_h, b_t, b_h, A_log_h, dt_bias_h,
-                HV, HEADS, RUNS * RUN,
+                slot > PAD, HV, HEADS, RUNS * RUN, FINISHED, not CORRECTS,
             )  # fmt: skip
         return
     row = tl.arange(0, RUNS)[:, None] * RUN
@@ -341,7 +361,7 @@ def _front_end(
     of_qk = qk + (block // H * T + first).to(tl.int64) * (H * K) + block % H * K
     of_v = v + first.to(tl.int64) * (HV * V) + (block - 2 * H) * K
     if slot <= PAD:
-        if CLEARS:
+        if FINISHED:
             if block < 2 * H:
                 _clear_rows(of_qk, H * K, end - first, within, row, channel, RUN)
             else:
@@ -356,14 +376,21 @@ def _front_end(
         )  # fmt: skip
     if block < 2 * H:
         scale = tl.where(block < H, SCALE, 1.0)
+        RATIO: tl.constexpr = HV // H
+        own = (block - H) * RATIO
+        of_b, of_beta = None, None
+        if CORRECTS:
+            of_b = b + first.to(tl.int64) * b_t + own * b_h
+            of_beta = beta + first.to(tl.int64) * HV + own
         _store_rows(
-            rows, of_qk, H * K, 1, end - first, within, row, channel, columns, offset, scale, W,
-            RUN, SILU, NORMALISE,
+            rows, of_qk, H * K, 1, end - first, within, row, channel, columns, offset, scale, of_b,
+            of_beta, b_t, b_h, HV, tl.where(block < H, 0, RATIO), W, RUN, SILU, NORMALISE,
+            triton.next_power_of_2(RATIO),
         )  # fmt: skip
     else:
         _store_rows(
-            rows, of_v, HV * V, 1, end - first, within, row, channel, columns, offset, 1.0, W,
-            RUN, SILU, False,
+            rows, of_v, HV * V, 1, end - first, within, row, channel, columns, offset, 1.0, None,
+            None, 0, 0, 0, 0, W, RUN, SILU, False, 1,
         )  # fmt: skip
 
 
@@ -396,18 +423,20 @@ class FrontEnd(Protocol):
             q [T, H, K], normalised and scaled; k [T, H, K], normalised; v [T, HV, V]; g [T, HV] and
             beta [T, HV] as ``gating`` gives them. All contiguous. Where the spec has no
             ``qk_l2norm``, q is scaled and k as it is. Rows of padding and of nobody are not
-            written, or zeros in q, k and v where they were asked for.
+            written. A finished one gives e^g in place of g; beta divided by the square of what
+            rounding left of a key's norm; and in rows of padding and of nobody q, k, v and beta of
+            0, and a decay of 1.
         """
         ...
 
 
-def make_front_end(spec: GdnSpec, device: Device, *, clears: bool = False) -> FrontEnd:
+def make_front_end(spec: GdnSpec, device: Device, *, finished: bool = False) -> FrontEnd:
     """Return it: a program owns a block of tokens of one sequence by K channels, or its gates.
 
     Args:
         spec: the layer.
         device: where.
-        clears: write zeros to rows of padding and of nobody.
+        finished: for a rule that knows no padding and no keys that rounding made longer.
     """
     H, HV, K, V = spec.num_k_heads, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
     W, PAD, SILU = spec.conv_width, spec.pad_slot, spec.activation == "silu"
@@ -445,7 +474,7 @@ def make_front_end(spec: GdnSpec, device: Device, *, clears: bool = False) -> Fr
             metadata.state_indices.stride(0), *strides(metadata.out_state_indices, 1),
             *strides(metadata.has_initial_state, 1), *strides(offsets, 1), *strides(indices, 1),
             spec.q_scale, H, HV, K, V, W, RUNS, RUN, HEADS, PAD, SILU, spec.qk_l2norm,
-            clears, enable_fp_fusion=FP_FUSION, **(options if offsets is None else keeping),
+            finished, enable_fp_fusion=FP_FUSION, **(options if offsets is None else keeping),
         )  # fmt: skip
         return qk[0], qk[1], v, g, beta
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+MOST_ROUNDED = tl.constexpr(2.0**-8)  # of the square of a unit vector's norm
 
 
 @triton.jit
@@ -22,6 +23,16 @@ def gates(a, b, A_log, dt_bias):
     """Return g and beta."""
     g = -tl.exp(A_log.to(tl.float32)) * softplus(a.to(tl.float32) + dt_bias.to(tl.float32))
     return g, tl.sigmoid(b.to(tl.float32))
+
+
+@triton.jit
+def correction(key):
+    """Return what makes up in beta for what rounding did to the length of unit vectors [., K]."""
+    key = key.to(tl.float32)
+    squares = tl.sum(key * key, 1)
+    # farther from 1 is no rounding: a key near zero
+    is_rounded = tl.abs(squares - 1.0) < MOST_ROUNDED
+    return tl.where(is_rounded, 1.0 / tl.where(is_rounded, squares, 1.0), 1.0)
 
 
 @triton.jit
