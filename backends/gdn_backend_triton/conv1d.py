@@ -178,14 +178,15 @@ def _store_rows(
         y = convolve(rows, i, weight, bias, W, SILU)
         if NORMALISE:
             y *= tl.rsqrt(tl.sum(y * y, 1) + 1e-6)[:, None]
-        y = (y * scale).to(out.dtype.element_ty)
+        y *= scale
         target = out + (row + i) * out_t + channel * out_d
-        tl.store(target, y, mask=(row + i < left) & mask)
+        tl.store(target, y.to(out.dtype.element_ty), mask=(row + i < left) & mask)
         if beta is not None:
             h = tl.arange(0, HEADS)[None, :]
             inside = (row + i < left) & (h < heads)
+            by = correction(y.to(out.dtype.element_ty))
             logit = tl.load(b + (row + i) * b_t + h * b_h, mask=inside, other=0.0)
-            amount = tl.sigmoid(logit.to(tl.float32)) * correction(y)[:, None]
+            amount = tl.sigmoid(logit.to(tl.float32)) * by[:, None]
             tl.store(beta + (row + i) * beta_t + h, amount, mask=inside)
 
 
@@ -324,7 +325,7 @@ def _front_end(
     cu_n, indices_n, out_indices_n, initial_n, offsets_n, checkpoints_n, SCALE: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     RUNS: tl.constexpr, RUN: tl.constexpr, HEADS: tl.constexpr, PAD: tl.constexpr,
-    SILU: tl.constexpr, NORMALISE: tl.constexpr, FINISHED: tl.constexpr,
+    SILU: tl.constexpr, NORMALISE: tl.constexpr, FINISHED: tl.constexpr, KEY_HEADS: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = 2 * H * K + HV * V
     BLOCKS: tl.constexpr = (D + K - 1) // K
@@ -385,7 +386,7 @@ def _front_end(
         _store_rows(
             rows, of_qk, H * K, 1, end - first, within, row, channel, columns, offset, scale, of_b,
             of_beta, b_t, b_h, HV, tl.where(block < H, 0, RATIO), W, RUN, SILU, NORMALISE,
-            triton.next_power_of_2(RATIO),
+            KEY_HEADS,
         )  # fmt: skip
     else:
         _store_rows(
@@ -474,7 +475,8 @@ def make_front_end(spec: GdnSpec, device: Device, *, finished: bool = False) -> 
             metadata.state_indices.stride(0), *strides(metadata.out_state_indices, 1),
             *strides(metadata.has_initial_state, 1), *strides(offsets, 1), *strides(indices, 1),
             spec.q_scale, H, HV, K, V, W, RUNS, RUN, HEADS, PAD, SILU, spec.qk_l2norm,
-            finished, enable_fp_fusion=FP_FUSION, **(options if offsets is None else keeping),
+            finished, power_of_two(HV // H), enable_fp_fusion=FP_FUSION,
+            **(options if offsets is None else keeping),
         )  # fmt: skip
         return qk[0], qk[1], v, g, beta
 
