@@ -148,12 +148,15 @@ def test_a_checkpoint_may_lie_far_behind_the_states_that_are_kept(
     torch.testing.assert_close(got[:SLOTS], expected[:SLOTS], rtol=2e-2, atol=2e-2)
 
 
+def _mixed_batch() -> PrefillMetadata:
+    """Return 160 tokens, some of padding; a sequence is empty, rows behind them are nobody's."""
+    return PrefillMetadata(torch.tensor([0, 20, 90, 90, 160]), torch.tensor([-1, 3, 7, 5]))
+
+
 def test_keys_that_are_no_unit_vectors_stay_as_they_are() -> None:
     spec, rng = replace(SPEC, qk_l2norm=False), generator()
     rows = (*(0.2 * x for x in qkv(spec, rng, 170)), *g_beta(spec, rng, 170))
-    # of padding, of nobody, and of an empty sequence are some
-    offsets, slots = torch.tensor([0, 20, 90, 90, 160]), torch.tensor([-1, 3, 7, 5])
-    metadata = PrefillMetadata(offsets, slots)
+    metadata = _mixed_batch()
     expected, got = _states(spec), _states(spec)
     out = torch.full_like(rows[2], torch.nan)
 
@@ -173,9 +176,7 @@ def test_what_a_finished_front_end_gives_is_taken_as_it_is() -> None:
     spec, rng = replace(RATIO_3, num_k_heads=2, num_v_heads=6), generator()
     q, k, v = qkv(spec, rng, 170)
     g, beta = g_beta(spec, rng, 170)
-    # of padding, of nobody, and of an empty sequence are some
-    offsets, slots = torch.tensor([0, 20, 90, 90, 160]), torch.tensor([-1, 3, 7, 5])
-    metadata = PrefillMetadata(offsets, slots)
+    metadata = _mixed_batch()
     states = [_states(spec) for _ in range(3)]
     raw, finished = (make_rule(spec, given, use_cp=False) for given in (Given.RAW, Given.FINISHED))
 

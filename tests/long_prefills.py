@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from gdn_portable import GdnSpec, PrefillMetadata
@@ -47,3 +48,10 @@ def of_growing_states(spec: GdnSpec) -> Call:
     call["k"][208:224] = first * 5**0.5
     call["v"][128:] = 0
     return call
+
+
+def assert_remembered(out: Tensor, expected: Tensor) -> None:
+    """Compare what the second segment of growing states reads at first, where it warms up."""
+    got, seen = (x[256:320, [*RATES].index("two chunks")] for x in (out, expected))
+    assert seen.abs().max() > 1e-4
+    torch.testing.assert_close(got, seen, rtol=1e-2, atol=1e-5)

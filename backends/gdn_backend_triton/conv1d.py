@@ -166,9 +166,9 @@ def _turn_window(
 
 @triton.jit
 def _store_rows(
-    rows, out, out_t, out_d, left, mask, row, channel, weight, bias, scale, b, beta, b_t, b_h,
-    beta_t, heads, W: tl.constexpr, RUN: tl.constexpr, SILU: tl.constexpr,
-    NORMALISE: tl.constexpr, HEADS: tl.constexpr,
+    rows, out, out_t, out_d, left, mask, row, channel, weight, bias, scale, W: tl.constexpr,
+    RUN: tl.constexpr, SILU: tl.constexpr, NORMALISE: tl.constexpr, b=None, beta=None, b_t=0,
+    b_h=0, beta_t=0, heads=0, HEADS: tl.constexpr = 1,
 ):  # fmt: skip
     """Convolve the runs and store what comes out times ``scale``, normalised where asked for.
 
@@ -232,8 +232,8 @@ def _conv1d_prefill(
             initial_n, offsets_n, checkpoints_n, W, PAD,
         )  # fmt: skip
     _store_rows(
-        rows, out, out_t, out_d, end - first, within, row, channel, columns, offset, 1.0, None,
-        None, 0, 0, 0, 0, W, RUN, SILU, False, 1,
+        rows, out, out_t, out_d, end - first, within, row, channel, columns, offset, 1.0, W, RUN,
+        SILU, False,
     )  # fmt: skip
 
 
@@ -384,14 +384,14 @@ def _front_end(
             of_b = b + first.to(tl.int64) * b_t + own * b_h
             of_beta = beta + first.to(tl.int64) * HV + own
         _store_rows(
-            rows, of_qk, H * K, 1, end - first, within, row, channel, columns, offset, scale, of_b,
-            of_beta, b_t, b_h, HV, tl.where(block < H, 0, RATIO), W, RUN, SILU, NORMALISE,
+            rows, of_qk, H * K, 1, end - first, within, row, channel, columns, offset, scale, W,
+            RUN, SILU, NORMALISE, of_b, of_beta, b_t, b_h, HV, tl.where(block < H, 0, RATIO),
             KEY_HEADS,
         )  # fmt: skip
     else:
         _store_rows(
-            rows, of_v, HV * V, 1, end - first, within, row, channel, columns, offset, 1.0, None,
-            None, 0, 0, 0, 0, W, RUN, SILU, False, 1,
+            rows, of_v, HV * V, 1, end - first, within, row, channel, columns, offset, 1.0, W,
+            RUN, SILU, False,
         )  # fmt: skip
 
 
