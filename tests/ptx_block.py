@@ -129,6 +129,7 @@ class Warp:
         self.is_live = np.ones(WARP, bool)
         self.copies = 0  # to global memory that have not landed
         self.generation: int | None = None  # of the named barrier that it waits at
+        self.begins = False  # after the kernel in front of this one
 
     @property
     def is_alive(self) -> bool:
@@ -223,7 +224,9 @@ class Warp:
 
     def _do(self, parts: list[str], operands: Sequence[Operand], mask: Array) -> None:
         name, kind = parts[0], KINDS.get(parts[-1])
-        if name in ("fence", "bar") or parts[-1] in ("commit_group", "0"):
+        if name == "griddepcontrol":
+            self.begins = True
+        elif name in ("fence", "bar") or parts[-1] in ("commit_group", "0"):
             assert name != "bar" or mask.all(), "part of a warp at a barrier"
         elif name == "mbarrier" and "try_wait" in parts:
             self._put(operands[0], np.ones(WARP, np.uint32), mask)
@@ -282,6 +285,7 @@ class Warp:
             barriers[at].change(arrivals=-1, size=size)
 
     def _copy(self, operands: Sequence[Operand], mask: Array, *, is_fetch: bool) -> None:
+        assert self.begins, "a copy does not wait for the kernel in front"
         target, source = (self._addresses(operand, mask) for operand in operands[:2])
         size = self._get(operands[2], np.uint32)[mask].tolist()
         barriers: list[Barrier | None] = [None] * len(size)
@@ -295,6 +299,7 @@ class Warp:
     def _access(
         self, loads: bool, space: str, operands: Sequence[Operand], kind: Any, mask: Array
     ) -> None:
+        assert self.begins or space != "global", "an access does not wait for the kernel in front"
         memory = self.block.memory if space == "global" else self.block.shared
         words, where = operands if loads else reversed(operands)
         words = words if isinstance(words, tuple) else (words,)

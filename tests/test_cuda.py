@@ -404,6 +404,87 @@ def test_a_prefill_and_a_decode_may_run_at_once_on_other_slots() -> None:
     _assert_same(one, other)
 
 
+ROWS = 1024
+Reader = Callable[[GdnOps, StatePool], Tensor]
+
+
+def _readers(spec: GdnSpec, mixed: Tensor) -> dict[str, Reader]:
+    """Return a call of every op that reads rows of activations, on what the convolution wrote."""
+    H, HV, K, V = spec.num_k_heads, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
+    q, k, v = mixed.split([H * K, H * K, HV * V], 1)
+    qkv = q.unflatten(1, (H, K)), k.unflatten(1, (H, K)), v.unflatten(1, (HV, V))
+    a, b = mixed[:, :HV], mixed[:, HV : 2 * HV]
+    params, slots = _rows(spec, 1)["params"], torch.arange(ROWS, device="cuda")
+    weight, rates, norm = params.conv_weight, (params.A_log, params.dt_bias), params.norm_weight
+    rng = _rng()
+    g, beta = -_normal(rng, ROWS, HV).abs(), _normal(rng, ROWS, HV).sigmoid()
+    packed = PrefillMetadata(_index(0, ROWS), _index(0))
+    drafted = {
+        "metadata": VerifyMetadata(slots[: ROWS // P], P),
+        "drafts": SnapshotDrafts.allocate(spec, ROWS // P, P, "cuda"),
+    }
+    return {
+        "conv1d_update": lambda ops, pool: ops.conv1d_update(
+            mixed, weight, None, pool.conv_state, state_indices=slots
+        ),
+        "conv1d_prefill": lambda ops, pool: ops.conv1d_prefill(
+            mixed, weight, None, pool.conv_state, metadata=packed
+        ),
+        "conv1d_verify": lambda ops, pool: ops.conv1d_verify(
+            mixed, weight, None, pool.conv_state, **drafted
+        ),
+        "recurrent_decode": lambda ops, pool: ops.recurrent_decode(
+            *qkv, a, b, *rates, pool.state, state_indices=slots
+        ),
+        "chunk_prefill": lambda ops, pool: ops.chunk_prefill(
+            *qkv, g, beta, pool.state, metadata=packed
+        ),
+        "mtp_verify": lambda ops, pool: ops.mtp_verify(*qkv, a, b, *rates, pool.state, **drafted),
+        "gating": lambda ops, pool: torch.stack(ops.gating(a, b, *rates)),
+        "gated_rms_norm": lambda ops, pool: ops.gated_rms_norm(qkv[2], qkv[2], norm),
+        "decode_step": lambda ops, pool: ops.decode_step(
+            mixed, a, b, params, pool, state_indices=slots
+        ),
+        "prefill_step": lambda ops, pool: ops.prefill_step(
+            mixed, a, b, params, pool, metadata=packed
+        ),
+        "verify_step": lambda ops, pool: ops.verify_step(mixed, a, b, params, pool, **drafted),
+    }
+
+
+@pytest.mark.parametrize("backend", [None, "triton"])
+@pytest.mark.parametrize(
+    "op", [op.value for op in Op if op not in (Op.PLAN_PREFILL, Op.MTP_COMMIT)]
+)
+def test_an_op_waits_for_the_kernel_that_lets_it_start_early(op: str, backend: str | None) -> None:
+    ops = _bound(SPEC, backend)
+    x = _normal(_rng(), ROWS, SPEC.conv_dim, dtype=SPEC.dtype)
+    mixed = torch.empty_like(x)
+    read = _readers(SPEC, mixed)[op]
+    weight = _rows(SPEC, 1)["params"].conv_weight
+    windows = StatePool.allocate(SPEC, ROWS, "cuda").conv_state
+    slots = torch.arange(ROWS, device="cuda")
+
+    def convolve() -> None:
+        ops.conv1d_update(x, weight, None, windows, state_indices=slots, out=mixed)
+
+    convolve()
+    torch.cuda.synchronize()
+    expected = read(ops, _pool(SPEC, ROWS, range(8)))
+    pool, graph = _pool(SPEC, ROWS, range(8)), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        convolve()
+        out = read(ops, pool)
+    mixed.zero_()
+    windows.zero_()
+    torch.cuda.synchronize()
+
+    graph.replay()
+
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+
+
 PROMPTS = (
     b"ROMEO\tBut, soft! what light",
     b"O",

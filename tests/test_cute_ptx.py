@@ -111,7 +111,7 @@ def test_the_compiled_kernel_passes_whatever_lands_when(machine: Machine, kind: 
 
 # in the order of the text; the first barrier is for speed alone, and other groups are waited for
 # where none has to be under way
-WAITS = (*(("try_wait", n) for n in range(1, 6)), ("wait_group", 3))
+WAITS = (*(("try_wait", n) for n in range(1, 6)), ("wait_group", 3), ("griddepcontrol", 0))
 
 
 def _without(op: str, number: int) -> Change:
@@ -131,5 +131,6 @@ def _without(op: str, number: int) -> Change:
 
 @pytest.mark.parametrize(("op", "number"), WAITS)
 def test_a_kernel_that_does_not_wait_is_found_out(machine: Machine, op: str, number: int) -> None:
-    with pytest.raises((AssertionError, DeadlockError), match=r"is off|has NaN|warps wait"):
+    found = r"is off|has NaN|warps wait|does not wait"
+    with pytest.raises((AssertionError, DeadlockError), match=found):
         machine.check("fp32 state, one head", 0, _without(op, number))

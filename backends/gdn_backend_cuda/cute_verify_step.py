@@ -33,9 +33,10 @@ from gdn_portable.metadata import Drafts, GdnParams, ReplayDrafts, VerifyMetadat
 from gdn_portable.spec import Device, GdnSpec
 from gdn_portable.state import StatePool
 
-# sequences times key heads from which on it is faster. H200, H16/HV32, P = 4, cold, in us at B = 1,
-# 8, 32, 128: with float32 states 10.3, 13.4, 44.2, 162, where Triton takes 9.5, 16.6, 51.8, 182;
-# with bfloat16 8.2, 10.2, 26.7, 93.2, and Triton 7.6, 11.6, 33.7, 113
+# sequences times key heads from which on it is faster. H200, H16/HV32, P = 4, cold, in us at B = 8,
+# 32, 128: with float32 states 12.6, 43.5, 161, where Triton takes 17.3, 52.0, 182; with bfloat16
+# 9.6, 26.0, 90.2, and Triton 11.8, 34.4, 114. At B = 1, before either started early, 10.3 and 8.2,
+# and Triton 9.5 and 7.6
 LEAST_ITEMS = 128
 LAYOUTS = 64  # of a step's tensors that are remembered
 

@@ -25,7 +25,7 @@ _scratch_lock = threading.Lock()
 
 def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -> ChunkPrefill:
     """Return the op: one kernel walks every sequence."""
-    return make_rule(spec, _given(spec), use_cp=False)
+    return make_rule(spec, device, _given(spec), use_cp=False)
 
 
 def make_chunk_prefill_cp(spec: GdnSpec, device: Device, *, deterministic: bool) -> ChunkPrefill:
@@ -33,20 +33,21 @@ def make_chunk_prefill_cp(spec: GdnSpec, device: Device, *, deterministic: bool)
 
     Where they are cut depends on the batch, so ``deterministic`` cuts none.
     """
-    return make_rule(spec, _given(spec), use_cp=not deterministic)
+    return make_rule(spec, device, _given(spec), use_cp=not deterministic)
 
 
 def _given(spec: GdnSpec) -> Given:
     return Given.RAW if spec.qk_l2norm else Given.VECTORS
 
 
-def make_rule(spec: GdnSpec, given: Given, *, use_cp: bool) -> ChunkPrefill:
+def make_rule(spec: GdnSpec, device: Device, given: Given, *, use_cp: bool) -> ChunkPrefill:
     """Return the launches.
 
     Rows of padding are operands of products, times zero: q, k and v need finite numbers there.
 
     Args:
         spec: the layer.
+        device: where.
         given: what q, k, g and beta are, whatever the spec says.
         use_cp: whether sequences are cut into parts that run side by side.
     """
@@ -84,7 +85,10 @@ def make_rule(spec: GdnSpec, given: Given, *, use_cp: bool) -> ChunkPrefill:
         if not N:
             return result.zero_()
         v = packed(v)
-        placed = Placed(q, k, g, beta, state, o, metadata=metadata, given=given, pad=spec.pad_slot)
+        placed = Placed(
+            q, k, g, beta, state, o, metadata=metadata, given=given, pad=spec.pad_slot,
+            device=device,
+        )  # fmt: skip
         if not T:
             return result
         run(

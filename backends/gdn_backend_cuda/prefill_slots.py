@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from gdn_backend_triton.launch import FP_FUSION, STEP_SIZES, STEP_TENSORS, ceil_div, power_of_two
+from gdn_backend_triton.launch import STEP_SIZES, STEP_TENSORS, ceil_div, power_of_two
 from gdn_backend_triton.maths import correction
+from gdn_backend_triton.overlap import begin, can_overlap, launch_options
 from gdn_backend_triton.sequences import sequence_of
 from gdn_backend_triton.taps import strides
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch import Tensor
 from gdn_backend_cuda.slots import packed
 from gdn_portable.errors import InputError
 from gdn_portable.metadata import PrefillMetadata
+from gdn_portable.spec import Device
 
 
 class Given(str, Enum):
@@ -42,7 +44,7 @@ class Tile(NamedTuple):
     warps: int  # those of the programs beside it as well
 
 
-TILES = {Given.RAW: Tile(32, 4), Given.VECTORS: Tile(1024, 4), Given.FINISHED: Tile(1, 4)}
+TILES = {Given.RAW: Tile(32, 4), Given.VECTORS: Tile(512, 4), Given.FINISHED: Tile(1, 4)}
 SEQUENCES = 128  # that a program places
 FILLED = tl.constexpr(32)  # rows of V that a program fills
 CLEARED = 64  # tokens whose outputs a program clears
@@ -118,11 +120,13 @@ def _place(
     checkpoints_s, state_s, state_h: tl.constexpr, state_v: tl.constexpr, H: tl.constexpr,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PAD: tl.constexpr, EVERY: tl.constexpr,
     ROWS: tl.constexpr, HEADS: tl.constexpr, SEQUENCES: tl.constexpr, CLEARED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Run a program of the gates, of the sequences' lists, of rows of nobody or of rows to fill.
 
     Where alpha is None there are none of the gates.
     """
+    begin(OVERLAPS)
     program = tl.program_id(0)
     lists = (N + 1 + SEQUENCES) // SEQUENCES
     clears = (T + CLEARED - 1) // CLEARED
@@ -171,6 +175,15 @@ def _place(
     part = program % (V // FILLED)
     head = program // (V // FILLED) % HV
     n = program // (V // FILLED * HV)
+    o_v = part * FILLED + tl.arange(0, FILLED)[:, None]
+    o_k = tl.arange(0, K)[None, :]
+    inside = head * state_h + o_v * state_v + o_k
+    if out_state_indices is None and has_initial_state is None and kept is None:
+        # every sequence starts from its slot, and padding shares a row
+        if _holds_padding(state_indices, indices_s, N, PAD):
+            nothing = tl.zeros([FILLED, K], state.dtype.element_ty)
+            tl.store(state + own.to(tl.int64) * state_s + inside, nothing)
+        return
     source = tl.load(state_indices + n * indices_s).to(tl.int64)
     start = tl.load(cu_seqlens + n * cu_s).to(tl.int32)
     live = source > PAD
@@ -193,9 +206,6 @@ def _place(
         checkpoint = tl.load(checkpoint_offsets + n * checkpoints_s).to(tl.int32)
         keeps = live & (checkpoint >= 0) & (checkpoint < EVERY)
     if fills | keeps:
-        o_v = part * FILLED + tl.arange(0, FILLED)[:, None]
-        o_k = tl.arange(0, K)[None, :]
-        inside = head * state_h + o_v * state_v + o_k
         value = tl.zeros([FILLED, K], state.dtype.element_ty)
         if reads:
             value = tl.load(state + source * state_s + inside)
@@ -237,6 +247,7 @@ class Placed:
         metadata: PrefillMetadata,
         given: Given,
         pad: int,
+        device: Device,
     ) -> None:
         """Make it, in one launch, which writes zeros to the outputs of nobody as well.
 
@@ -250,6 +261,7 @@ class Placed:
             metadata: the batch.
             given: what q, k, g and beta are.
             pad: an index at or below it is padding.
+            device: where.
         """
         (T, HV), N = g.shape, len(metadata.cu_seqlens) - 1
         V, K = state.shape[2:]
@@ -282,7 +294,8 @@ class Placed:
         self.own, first = _rows_beside(state, 1 if targets is None else N)
         programs = 0 if alpha is None else ceil_div(T * H, tile.rows)
         programs += ceil_div(N + 2, SEQUENCES) + ceil_div(T, CLEARED)
-        programs += N * HV * (V // FILLED.value)
+        alike = targets is None and fresh is None and checkpoints is None
+        programs += (1 if alike else N) * HV * (V // FILLED.value)
         _place[(programs,)](
             queries, keys, self.q, self.k, g, beta, alpha, self.beta, o, metadata.cu_seqlens,
             metadata.state_indices, targets, fresh, checkpoints, self.cu_seqlens, self.slots,
@@ -290,8 +303,8 @@ class Placed:
             *strides(keys, 3)[:2], *g.stride(), *beta.stride(), metadata.cu_seqlens.stride(0),
             metadata.state_indices.stride(0), *strides(targets, 1), *strides(fresh, 1),
             *strides(checkpoints, 1), *state.stride()[:3], H, HV, K, V, pad, EVERY,
-            tile.rows, power_of_two(HV // H), SEQUENCES, CLEARED, num_warps=tile.warps,
-            enable_fp_fusion=FP_FUSION,
+            tile.rows, power_of_two(HV // H), SEQUENCES, CLEARED, can_overlap(device),
+            num_warps=tile.warps, **launch_options(device),
         )  # fmt: skip
 
 

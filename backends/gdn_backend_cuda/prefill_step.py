@@ -28,6 +28,6 @@ def make_prefill_step_cp(spec: GdnSpec, device: Device, *, deterministic: bool) 
 def _make_step(spec: GdnSpec, device: Device, *, deterministic: bool, use_cp: bool) -> PrefillStep:
     """Return the step: finished front end, chunks, norm and gate."""
     front_end = make_front_end(replace(spec, scale=1.0), device, finished=True)
-    rule = make_rule(spec, Given.FINISHED, use_cp=use_cp)
+    rule = make_rule(spec, device, Given.FINISHED, use_cp=use_cp)
     gated_rms_norm = make_gated_rms_norm(spec, device, deterministic=deterministic)
     return join_prefill(front_end, rule, gated_rms_norm)

@@ -22,13 +22,13 @@ from torch import Tensor
 from gdn_backend_triton import is_before
 from gdn_backend_triton.chunk_prepare import CHUNK, attend, invert
 from gdn_backend_triton.launch import (
-    FP_FUSION,
     STEP_SIZES,
     STEP_TENSORS,
-    can_overlap,
     ceil_div,
+    empty_like,
     refuse_gradients,
 )
+from gdn_backend_triton.overlap import can_overlap, launch_options
 from gdn_backend_triton.sequences import locate, num_programs
 from gdn_backend_triton.taps import strides
 from gdn_portable.interface import ChunkPrefill
@@ -529,16 +529,15 @@ def _pick_tile(spec: GdnSpec, device: Device) -> tuple[Tile, bool]:
 def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -> ChunkPrefill:
     """Return the op; ``deterministic`` never cuts sequences, as where depends on the batch."""
     H, HV, K, V = spec.num_k_heads, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
-    L2NORM, PAD = spec.qk_l2norm, spec.pad_slot
+    L2NORM, PAD, C = spec.qk_l2norm, spec.pad_slot, CHUNK.value
     LOW = spec.dtype is not torch.float32
     tile, V_FIRST = _pick_tile(spec, device)
     BV, BK = tile.BV, min(tile.BV, K)
     OVERLAPS = can_overlap(device)
-    plain = {"num_stages": 1, "enable_fp_fusion": FP_FUSION, **tile.options}
-    early = {"launch_pdl": True} if OVERLAPS else {}
-    launch_attend = {**plain, "num_warps": min(tile.warps, 4)}
-    launch_invert = {**plain, **early, "num_warps": 1}
-    launch_scan = {**plain, **early, "num_warps": tile.warps, "num_stages": tile.stages}
+    options = {**launch_options(device), "num_stages": 1, **tile.options}
+    launch_attend = {**options, "num_warps": min(tile.warps, 4)}
+    launch_invert = {**options, "num_warps": 1}
+    launch_scan = {**options, "num_warps": tile.warps, "num_stages": tile.stages}
     if device.kind == "rocm" and LOW and K <= 128 and not V_FIRST:
         launch_scan |= TWO_PROGRAMS
     # beside what a checkpoint passes through there is room for two stages
@@ -565,61 +564,71 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
         refuse_gradients(v)
         T, N = v.shape[0], metadata.cu_seqlens.shape[0] - 1
         if out is None:
-            out = torch.empty((T, HV, V), dtype=v.dtype, device=v.device)
+            out = empty_like(v)
         if T == 0 and N == 0:
             return out
 
-        def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=v.device)
+        device, dtype = v.device, v.dtype
 
-        places = num_programs(T, N, CHUNK.value)
-        attention = scratch(places, HV, CHUNK.value, CHUNK.value, dtype=v.dtype)
-        inverse = scratch(places, HV, CHUNK.value, CHUNK.value, dtype=v.dtype)
-        factors = scratch(places, HV, 4, CHUNK.value)
-        decay_low = None if LOW else scratch(places, HV, CHUNK.value)
+        def scratch(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            # with more than one axis torch takes half as long again
+            return torch.empty(count, dtype=dtype, device=device)
+
+        places = num_programs(T, N, C)
+        attention = scratch(places * (HV * C * C), dtype)
+        inverse = scratch(places * (HV * C * C), dtype)
+        factors = scratch(places * (HV * 4 * C))
+        decay_low = None if LOW else scratch(places * (HV * C))
         # of normalised keys float16 holds more than bfloat16
         alike = torch.float16 if LOW and L2NORM else torch.float32
-        keys = scratch(places, H, CHUNK.value, CHUNK.value, dtype=alike)
-        k_factor = scratch(places, H, CHUNK.value) if L2NORM else None
+        keys = scratch(places * (H * C * C), alike)
+        k_factor = scratch(places * (H * C)) if L2NORM else None
         cu_seqlens, slots = metadata.cu_seqlens, metadata.state_indices
         fresh, targets = metadata.has_initial_state, metadata.out_state_indices
         offsets, rows = metadata.checkpoint_offsets, metadata.checkpoint_indices
         kept, kept_pad = (state, PAD) if checkpoint_state is None else (checkpoint_state, -1)
-        cu_s, slots_s = cu_seqlens.stride(0), slots.stride(0)
+        q_s, k_s, v_s, beta_s, state_s = (
+            q.stride(),
+            k.stride(),
+            v.stride(),
+            beta.stride(),
+            state.stride(),
+        )
+        cu_s, slots_s, fresh_s = cu_seqlens.stride(0), slots.stride(0), strides(fresh, 1)
         segment = 0 if never_cut else _segment(T, N, HV * (V // BV), tile)
-        bounds = scratch(places, HV) if segment and not L2NORM else None
+        bounds = scratch(places * HV) if segment and not L2NORM else None
         attend[(places * H,)](
             q, k, g, beta, attention, keys, factors, decay_low, k_factor, bounds, cu_seqlens, slots,
-            N, T, q_scale, *g.stride(), *beta.stride(), cu_s, slots_s, *q.stride(), *k.stride(),
+            N, T, q_scale, *g.stride(), *beta_s, cu_s, slots_s, *q_s, *k_s,
             H, HV, K, min(K, 128), L2NORM, PAD, OVERLAPS, PRECISION,
             **launch_attend,
         )  # fmt: skip
         invert[(places * HV,)](
             beta, keys, inverse, factors, decay_low, cu_seqlens, slots, N, T,
-            *beta.stride(), cu_s, slots_s, H, HV, PAD, LOW, OVERLAPS, PRECISION,
+            *beta_s, cu_s, slots_s, H, HV, PAD, LOW, OVERLAPS, PRECISION,
             **launch_invert,
         )  # fmt: skip
         initial = add = high = low = None
         pieces, warm_up = N + 1, 0
         if segment:
-            pieces, warm_up = num_programs(T, N, segment), max(segment // CHUNK.value // 2, 2)
-            initial, add = scratch(pieces, HV, V, K), scratch(pieces, HV, V, K)
-            high = scratch(pieces, HV, K, K, dtype=v.dtype)
-            low = scratch(pieces, HV, K, K, dtype=v.dtype)
+            pieces, warm_up = num_programs(T, N, segment), max(segment // C // 2, 2)
+            initial = scratch(pieces * (HV * V * K))
+            add = scratch(pieces * (HV * V * K))
+            high = scratch(pieces * (HV * K * K), dtype)
+            low = scratch(pieces * (HV * K * K), dtype)
             _bridge[(pieces * HV * (V // BV + K // BK),)](
                 k, v, state, inverse, factors, bounds, initial, add, high, low,
                 cu_seqlens, slots, fresh, N, T, segment, warm_up,
-                *state.stride(), cu_s, slots_s, *strides(fresh, 1), *k.stride(), *v.stride(),
+                *state_s, cu_s, slots_s, *fresh_s, *k_s, *v_s,
                 H, HV, K, V, BV, BK, PAD, V_FIRST, OVERLAPS, PRECISION, **launch_scan,
             )  # fmt: skip
         _scan[(pieces * HV * (V // BV),)](
             q, k, v, state, attention, inverse, factors, decay_low, k_factor, bounds,
             initial, add, high, low, out, kept, cu_seqlens, slots, fresh, targets, offsets, rows,
-            N, T, segment or T + CHUNK.value, warm_up,
-            *state.stride(), *kept.stride(),
-            cu_s, slots_s, *strides(fresh, 1), *strides(targets, 1),
+            N, T, segment or T + C, warm_up,
+            *state_s, *kept.stride(), cu_s, slots_s, *fresh_s, *strides(targets, 1),
             *strides(offsets, 1), *strides(rows, 1),
-            *q.stride(), *k.stride(), *v.stride(), *out.stride(),
+            *q_s, *k_s, *v_s, *out.stride(),
             H, HV, K, V, BV, bool(segment), kept_pad, L2NORM, PAD, V_FIRST, Q_LAST, OVERLAPS,
             PRECISION, **(launch_scan if offsets is None else launch_keeping),
         )  # fmt: skip

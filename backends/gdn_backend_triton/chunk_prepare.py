@@ -19,6 +19,7 @@ import triton.language as tl
 
 from gdn_backend_triton.launch import STEP_SIZES, STEP_TENSORS
 from gdn_backend_triton.maths import LOG2_E
+from gdn_backend_triton.overlap import begin
 from gdn_backend_triton.sequences import locate
 
 CHUNK = tl.constexpr(64)
@@ -192,8 +193,7 @@ def attend(
     that a chunk leaves of a state. Rows past a sequence's end have attention 0 and factors that are
     finite.
     """
-    if OVERLAPS:
-        tl.extra.cuda.gdc_launch_dependents()
+    begin(OVERLAPS)
     program = tl.program_id(0)
     k_head = program % H
     place = program // H

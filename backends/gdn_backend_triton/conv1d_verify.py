@@ -10,13 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_backend_triton.launch import (
-    FP_FUSION,
     STEP_SIZES,
     STEP_TENSORS,
     ceil_div,
     empty_like,
     refuse_gradients,
 )
+from gdn_backend_triton.overlap import begin, can_overlap, launch_options
 from gdn_backend_triton.taps import (
     convolve,
     load_bias,
@@ -112,10 +112,9 @@ def _conv1d_verify(
     B, T, room, x_t, x_d, weight_d, weight_w, bias_d, state_s, state_d, state_l, kept_s, kept_p,
     kept_d, kept_l, out_t, out_d, cu_n, indices_b, accepted_b, rows_b, parents_b, parents_p,
     D: tl.constexpr, W: tl.constexpr, L: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
-    PAD: tl.constexpr, SILU: tl.constexpr, PROTOCOL: tl.constexpr, PDL: tl.constexpr,
+    PAD: tl.constexpr, SILU: tl.constexpr, PROTOCOL: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    begin(OVERLAPS)
     BLOCKS: tl.constexpr = (D + C - 1) // C
     program = tl.program_id(0)
     sequence = program // BLOCKS
@@ -189,16 +188,12 @@ def _conv1d_verify(
             tl.store(window + i * state_l, value, mask=keeps)
 
 
-def make_conv1d_verify(
-    spec: GdnSpec, device: Device, *, deterministic: bool, pdl: bool = False
-) -> Conv1dVerify:
-    """Return the op: a program owns some channels of a sequence and walks its drafts.
-
-    With ``pdl`` the launch after it may start before it ends.
-    """
+def make_conv1d_verify(spec: GdnSpec, device: Device, *, deterministic: bool) -> Conv1dVerify:
+    """Return the op: a program owns some channels of a sequence and walks its drafts."""
     D, W, PAD, SILU = spec.conv_dim, spec.conv_width, spec.pad_slot, spec.activation == "silu"
     tile = TILES.get(device.arch, TILES[device.kind])
     blocks = ceil_div(D, tile.channels)
+    OVERLAPS, options = can_overlap(device), launch_options(device)
 
     def conv1d_verify(
         x: Tensor,
@@ -229,8 +224,8 @@ def make_conv1d_verify(
                 *strides(cu_seqlens, 1), metadata.state_indices.stride(0),
                 *strides(accepted, 1), *strides(metadata.rows, 1),
                 *strides(metadata.parents, 2), D, W, conv_state.shape[2], P, tile.channels, PAD,
-                SILU, draft_protocol(metadata, drafts).value, pdl, num_warps=tile.warps,
-                enable_fp_fusion=FP_FUSION,
+                SILU, draft_protocol(metadata, drafts).value, OVERLAPS, num_warps=tile.warps,
+                **options,
             )  # fmt: skip
         return out
 

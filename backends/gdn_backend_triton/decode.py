@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,14 +15,13 @@ from torch import Tensor
 from gdn_backend_triton.conv1d import make_conv1d_update
 from gdn_backend_triton.gated_rms_norm import make_gated_rms_norm, norm_and_gate
 from gdn_backend_triton.launch import (
-    FP_FUSION,
     STEP_SIZES,
     STEP_TENSORS,
-    can_overlap,
     empty_like,
     refuse_gradients,
 )
 from gdn_backend_triton.maths import gates
+from gdn_backend_triton.overlap import begin, can_overlap, launch_options
 from gdn_portable.errors import InputError
 from gdn_portable.interface import DecodeStep, RecurrentDecode
 from gdn_portable.metadata import GdnParams
@@ -57,8 +56,8 @@ Table = Mapping[tuple[str, int], Sequence[tuple[int, Tile]]]
 ANY = sys.maxsize
 DEFAULT_ARCH = {"cuda": "sm90", "rocm": "gfx942"}
 TILES: Table = {
-    # H200, H16/HV32, K = V = 128: 4.1 / 11.7 / 38.8 / 144 / 560 us a step at B = 1 / 8 / 32 / 128 /
-    # 512 with a float32 state, 3.6 / 7.8 / 22.9 / 80 / 306 with bfloat16
+    # H200, H16/HV32, K = V = 128: 3.7 / 11.9 / 39.7 / 142 / 557 us a step at B = 1 / 8 / 32 / 128 /
+    # 512 with a float32 state, 3.2 / 7.8 / 23.8 / 78 / 300 with bfloat16
     ("sm90", 4): ((64, Tile(16, 16, 4, 1)), (ANY, Tile(16, 8, 8, 1))),
     ("sm90", 2): ((64, Tile(8, 8, 4, 1)), (ANY, Tile(16, 16, 8, 1))),
     ("gfx942", 4): ((256, Tile(8, 8, 8, 1)), (ANY, Tile(16, 16, 8, 1))),
@@ -102,8 +101,11 @@ def _decode(
     state_h: tl.constexpr, state_v: tl.constexpr, state_k: tl.constexpr, K_START: tl.constexpr,
     V_START: tl.constexpr, HV: tl.constexpr, RATIO: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, BV: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr, PAD: tl.constexpr,
-    SCALE: tl.constexpr, L2NORM: tl.constexpr, SILU: tl.constexpr, WAITS: tl.constexpr,
+    SCALE: tl.constexpr, L2NORM: tl.constexpr, SILU: tl.constexpr, OVERLAPS: tl.constexpr,
+    WAITS: tl.constexpr,
 ):  # fmt: skip
+    if not WAITS:
+        begin(OVERLAPS)
     # a program owns BV rows of one head of one sequence, whatever the batch around them, and takes
     # them in panels of BP; the loads of a panel are issued before the sums of the one before it
     SPLIT: tl.constexpr = K // BK
@@ -148,9 +150,9 @@ def _decode(
     new = state + target * state_s + tile
     S = tl.load(old)
     if WAITS:
-        # the convolution was launched in the ordinary way, so all before it is done and only its
-        # output is waited for; nothing is stored before this, and no program ends without it, so
-        # what is launched next finds both done, in a stream and in a captured graph alike
+        # the convolution has waited for all before it, so only its output is waited for; nothing
+        # is stored before this, and no program ends without it, so what is launched next finds
+        # both done, in a stream and in a captured graph alike
         tl.extra.cuda.gdc_wait()
         query, key, value = tl.load(q), tl.load(k), tl.load(v)
 
@@ -214,14 +216,21 @@ def _pick(choices: list[tuple[int, Choice]], heads: int) -> Choice:
     return choices[-1][1]
 
 
-def _make_launch(spec: GdnSpec, *, waits: bool, starts: tuple[int, int]) -> Callable[..., None]:
-    """Return what launches the kernel; ``starts`` are the first columns of k and v in theirs."""
+def _make_launch(
+    spec: GdnSpec, device: Device, *, starts: tuple[int, int] | None
+) -> Callable[..., None]:
+    """Return what launches the kernel.
+
+    Args:
+        spec: the layer.
+        device: where.
+        starts: first columns of k and v in what the convolution in front writes; None without one.
+    """
+    OVERLAPS, options = can_overlap(device), launch_options(device)
     HV, K, V = spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
-    constants = (*starts, HV, HV // spec.num_k_heads, K, V)
-    rules = (spec.pad_slot, spec.q_scale, spec.qk_l2norm, spec.gate_activation == "silu", waits)
-    # a keyword that only NVIDIA's compiler knows
-    options: dict[str, Any] = {"launch_pdl": True} if waits else {}
-    options["enable_fp_fusion"] = FP_FUSION
+    constants = (*(starts or (0, 0)), HV, HV // spec.num_k_heads, K, V)
+    rules = (spec.pad_slot, spec.q_scale, spec.qk_l2norm, spec.gate_activation == "silu")
+    rules += (OVERLAPS, OVERLAPS and starts is not None)
 
     def launch(
         q: Tensor,
@@ -261,7 +270,7 @@ def make_recurrent_decode(spec: GdnSpec, device: Device, *, deterministic: bool)
     """Return the op. A row's result depends on the tile and not on the batch around it."""
     HV = spec.num_v_heads
     choices = _choices(TILES, spec, device, deterministic=deterministic)
-    launch = _make_launch(spec, waits=False, starts=(0, 0))
+    launch = _make_launch(spec, device, starts=None)
 
     def recurrent_decode(
         q: Tensor,
@@ -299,12 +308,11 @@ def make_decode_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> D
     """
     HV, K, V, D = spec.num_v_heads, spec.head_k_dim, spec.head_v_dim, spec.conv_dim
     key_dim, _, value_dim = spec.conv_groups
-    overlaps = can_overlap(device)
     plain = _choices(TILES, spec, device, deterministic=deterministic)
     gated = _choices(GATED_TILES, spec, device, deterministic=deterministic)
-    conv1d_update = make_conv1d_update(spec, device, deterministic=deterministic, pdl=overlaps)
+    conv1d_update = make_conv1d_update(spec, device, deterministic=deterministic)
     gated_rms_norm = make_gated_rms_norm(spec, device, deterministic=deterministic)
-    launch = _make_launch(spec, waits=overlaps, starts=(key_dim, D - value_dim))
+    launch = _make_launch(spec, device, starts=(key_dim, D - value_dim))
     qkv_strides = (D, K, 1, D, K, 1, D, V, 1)
 
     def decode_step(

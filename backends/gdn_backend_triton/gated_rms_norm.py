@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_backend_triton.launch import (
-    FP_FUSION,
     STEP_SIZES,
     STEP_TENSORS,
     ceil_div,
@@ -16,6 +15,7 @@ from gdn_backend_triton.launch import (
     refuse_gradients,
 )
 from gdn_backend_triton.maths import silu
+from gdn_backend_triton.overlap import begin, can_overlap, launch_options
 from gdn_portable.interface import GatedRmsNorm
 from gdn_portable.spec import Device, GdnSpec
 
@@ -36,7 +36,9 @@ def norm_and_gate(x, gate, weight, eps, V: tl.constexpr, SILU: tl.constexpr):
 def _gated_rms_norm(
     x, gate, weight, out, eps, num_rows, x_t, x_h, x_v, gate_t, gate_h, gate_v, out_t, out_h,
     out_v, weight_v, HV: tl.constexpr, V: tl.constexpr, HEADS: tl.constexpr, SILU: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAPS)
     row = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     t = (row // HV).to(tl.int64)[:, None]
     h = (row % HV)[:, None]
@@ -51,6 +53,7 @@ def _gated_rms_norm(
 def make_gated_rms_norm(spec: GdnSpec, device: Device, *, deterministic: bool) -> GatedRmsNorm:
     """Return the op: one program for a few heads, which reads and writes each value once."""
     HV, V, SILU = spec.num_v_heads, spec.head_v_dim, spec.gate_activation == "silu"
+    OVERLAPS, options = can_overlap(device), launch_options(device)
 
     def gated_rms_norm(
         x: Tensor, gate: Tensor, weight: Tensor, *, eps: float = 1e-6, out: Tensor | None = None
@@ -64,8 +67,7 @@ def make_gated_rms_norm(spec: GdnSpec, device: Device, *, deterministic: bool) -
         if rows:
             _gated_rms_norm[(ceil_div(rows, HEADS),)](
                 x, gate, weight, out, eps, rows, *x.stride(), *gate.stride(), *out.stride(),
-                weight.stride(0), HV, V, HEADS, SILU, num_warps=1,
-                enable_fp_fusion=FP_FUSION,
+                weight.stride(0), HV, V, HEADS, SILU, OVERLAPS, num_warps=1, **options,
             )  # fmt: skip
         return out
 

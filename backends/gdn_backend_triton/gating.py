@@ -9,7 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_backend_triton.launch import (
-    FP_FUSION,
     STEP_SIZES,
     STEP_TENSORS,
     ceil_div,
@@ -17,6 +16,7 @@ from gdn_backend_triton.launch import (
     refuse_gradients,
 )
 from gdn_backend_triton.maths import gates
+from gdn_backend_triton.overlap import begin, can_overlap, launch_options
 from gdn_portable.interface import Gating
 from gdn_portable.spec import Device, GdnSpec
 
@@ -26,8 +26,9 @@ BLOCK = 256
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _gating(
     a, b, A_log, dt_bias, g, beta, numel, a_t, a_h, b_t, b_h, A_log_h, dt_bias_h,
-    HV: tl.constexpr, BLOCK: tl.constexpr,
+    HV: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAPS)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < numel
     t = i // HV
@@ -45,6 +46,7 @@ def _gating(
 def make_gating(spec: GdnSpec, device: Device, *, deterministic: bool) -> Gating:
     """Return the op."""
     HV = spec.num_v_heads
+    OVERLAPS, options = can_overlap(device), launch_options(device)
 
     def gating(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
         refuse_gradients(a)
@@ -53,8 +55,7 @@ def make_gating(spec: GdnSpec, device: Device, *, deterministic: bool) -> Gating
         if a.numel():
             _gating[(ceil_div(a.numel(), BLOCK),)](
                 a, b, A_log, dt_bias, g, beta, a.numel(), *a.stride(), *b.stride(),
-                A_log.stride(0), dt_bias.stride(0), HV, BLOCK, num_warps=2,
-                enable_fp_fusion=FP_FUSION,
+                A_log.stride(0), dt_bias.stride(0), HV, BLOCK, OVERLAPS, num_warps=2, **options,
             )  # fmt: skip
         return g, beta
 

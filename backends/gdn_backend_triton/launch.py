@@ -46,11 +46,6 @@ def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def can_overlap(device: Device) -> bool:
-    """Return whether a kernel may start before the one in front of it ends."""
-    return device.kind == "cuda" and int(device.arch.removeprefix("sm")) >= 90
-
-
 def refuse_gradients(x: Tensor) -> None:
     """Raise where autograd would record the call: the kernels have no backward.
 

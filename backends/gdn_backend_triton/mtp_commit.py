@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn_backend_triton.launch import FP_FUSION, STEP_SIZES, STEP_TENSORS, ceil_div
+from gdn_backend_triton.launch import STEP_SIZES, STEP_TENSORS, ceil_div
+from gdn_backend_triton.overlap import begin, can_overlap, launch_options
 from gdn_backend_triton.taps import strides
 from gdn_backend_triton.trees import fill_parents
 from gdn_portable.interface import MtpCommit
@@ -79,7 +80,9 @@ def _commit_snapshots(
     kept_window_d, kept_window_l, indices_b, out_indices_b, rows_b, last_b,
     STATES: tl.constexpr, WINDOWS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     D: tl.constexpr, W: tl.constexpr, BV: tl.constexpr, CHANNELS: tl.constexpr, PAD: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAPS)
     part = tl.program_id(0) % (STATES + WINDOWS)
     b = tl.program_id(0) // (STATES + WINDOWS) % B
     layer = (tl.program_id(0) // (STATES + WINDOWS) // B).to(tl.int64)
@@ -185,8 +188,9 @@ def _commit_replay(
     kept_x_d, indices_b, out_indices_b, parents_b, parents_p, last_b,
     STATES: tl.constexpr, WINDOWS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BV: tl.constexpr, LANES: tl.constexpr,
-    CHANNELS: tl.constexpr, PAD: tl.constexpr, NORM: tl.constexpr,
+    CHANNELS: tl.constexpr, PAD: tl.constexpr, NORM: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAPS)
     part = tl.program_id(0) % (STATES + WINDOWS)
     b = tl.program_id(0) // (STATES + WINDOWS)
     source, target = _slots(state_indices, out_state_indices, b, indices_b, out_indices_b, PAD)
@@ -229,6 +233,7 @@ def make_mtp_commit(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
         spec.conv_dim,
         spec.conv_width,
     )
+    OVERLAPS, options = can_overlap(device), launch_options(device)
     rows_of_v = min(BV, V)
     states, windows = HV * (V // rows_of_v), ceil_div(D, CHANNELS)
 
@@ -246,7 +251,7 @@ def make_mtp_commit(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
             last_accepted, B, *_layered(state, 5), *_layered(window, 4), *_layered(kept_state, 6),
             *_layered(kept_window, 5), metadata.state_indices.stride(0), *strides(targets, 1),
             *strides(metadata.rows, 1), last_accepted.stride(0), *parts, K, V, D, W, rows_of_v,
-            CHANNELS, spec.pad_slot, num_warps=4, enable_fp_fusion=FP_FUSION,
+            CHANNELS, spec.pad_slot, OVERLAPS, num_warps=4, **options,
         )  # fmt: skip
 
     def commit_replay(
@@ -263,7 +268,7 @@ def make_mtp_commit(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
             *drafts.beta.stride(), *drafts.conv_inputs.stride(), metadata.state_indices.stride(0),
             *strides(targets, 1), *strides(metadata.parents, 2), last_accepted.stride(0), *parts,
             HV // spec.num_k_heads, K, V, D, W, rows_of_v, min(LANES, K), CHANNELS, spec.pad_slot,
-            spec.qk_l2norm, num_warps=1, enable_fp_fusion=FP_FUSION,
+            spec.qk_l2norm, OVERLAPS, num_warps=1, **options,
         )  # fmt: skip
 
     def mtp_commit(

@@ -14,14 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_backend_triton.launch import (
-    FP_FUSION,
     STEP_SIZES,
     STEP_TENSORS,
-    can_overlap,
     empty_like,
     refuse_gradients,
 )
 from gdn_backend_triton.maths import gates
+from gdn_backend_triton.overlap import begin, can_overlap, launch_options
 from gdn_backend_triton.replay import make_replay, refuse_large_trees
 from gdn_backend_triton.taps import strides
 from gdn_backend_triton.trees import fill_parents
@@ -87,9 +86,11 @@ def _recurrent(
     state_s, state_h, state_v, state_k, indices_b, indices_p, accepted_b, cu_b,
     parents_b, parents_p, kept_r, kept_p, kept_h, kept_v, kept_k, rows_b, out_t, out_h, out_v,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr,
-    BV: tl.constexpr, PAD: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
-    K_START: tl.constexpr, V_START: tl.constexpr,
+    BV: tl.constexpr, PAD: tl.constexpr, NORM: tl.constexpr, OVERLAPS: tl.constexpr,
+    WAITS: tl.constexpr, K_START: tl.constexpr, V_START: tl.constexpr,
 ):  # fmt: skip
+    if not WAITS:
+        begin(OVERLAPS)
     PARTS: tl.constexpr = V // BV
     part = tl.program_id(0) % PARTS
     head = tl.program_id(0) // PARTS % HV
@@ -113,7 +114,7 @@ def _recurrent(
     row = start.to(tl.int64)
     count = end - start
     out += row * out_t + head * out_h + o_v * out_v
-    if PDL:
+    if WAITS:
         if (slot <= PAD) | (count <= 0):
             # or a batch without drafts would end before the convolution does
             tl.extra.cuda.gdc_wait()
@@ -142,7 +143,7 @@ def _recurrent(
     q += row * q_t + key_head * q_h
     k += row * k_t + K_START + key_head * k_h
     v += row * v_t + V_START + head * v_h
-    if PDL:
+    if WAITS:
         # q, k and v are the convolution's; nothing before was
         tl.extra.cuda.gdc_wait()
     query, key, value, a_raw, b_raw, target = _load_draft(
@@ -210,8 +211,7 @@ def make_recurrence(spec: GdnSpec, device: Device, *, packed: bool) -> Recurrenc
     starts = (H * K, 2 * H * K) if packed else (0, 0)
     rows, warps = TILES.get(device.arch, TILES[device.kind])
     rows = min(max(rows * 128 // max(K, 128), 1), V)
-    pdl = packed and can_overlap(device)
-    options = {"enable_fp_fusion": FP_FUSION} | ({"launch_pdl": True} if pdl else {})
+    OVERLAPS, options = can_overlap(device), launch_options(device)
 
     def recurrence(
         q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
@@ -239,8 +239,8 @@ def make_recurrence(spec: GdnSpec, device: Device, *, packed: bool) -> Recurrenc
             indices.stride(0), 0 if kept is not None else indices.stride(1),
             *strides(accepted, 1), *strides(cu, 1), *strides(parents, 2), *strides(kept, 5),
             *strides(kept_rows, 1), *out.stride(),
-            H, HV, K, V, P, rows, spec.pad_slot, spec.qk_l2norm, pdl, *starts,
-            num_warps=warps, num_stages=1, **options,
+            H, HV, K, V, P, rows, spec.pad_slot, spec.qk_l2norm, OVERLAPS,
+            OVERLAPS and packed, *starts, num_warps=warps, num_stages=1, **options,
         )  # fmt: skip
 
     return recurrence

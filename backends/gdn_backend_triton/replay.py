@@ -27,14 +27,13 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_backend_triton.launch import (
-    FP_FUSION,
     STEP_SIZES,
     STEP_TENSORS,
-    can_overlap,
     ceil_div,
     power_of_two,
 )
 from gdn_backend_triton.maths import upper_half
+from gdn_backend_triton.overlap import can_overlap, launch_options
 from gdn_backend_triton.replay_inputs import place, prepare
 from gdn_backend_triton.taps import strides
 from gdn_portable.errors import InputError
@@ -195,7 +194,7 @@ def _replay(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr,
     ROOM: tl.constexpr, R: tl.constexpr, RK: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr, TERMS: tl.constexpr,
-    UPDATE_TERMS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    UPDATE_TERMS: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = V // BV
     KEYS: tl.constexpr = ROOM + P
@@ -210,7 +209,7 @@ def _replay(
     )  # fmt: skip
     out += head * out_h + o_v * out_v
     if slot <= PAD:
-        if PDL:
+        if OVERLAPS:
             # or a batch of padding alone would end before the kernel in front of it does
             tl.extra.cuda.gdc_wait()
         zeros = tl.zeros([BV, 16], out.dtype.element_ty)
@@ -226,7 +225,7 @@ def _replay(
     o_k = tl.arange(0, BK)[None, :]
     state += slot * state_s + head * state_h + o_v * state_v + o_k * state_k
     S = _fetch_state(state, BK * state_k, there, CHUNKS)
-    if PDL:
+    if OVERLAPS:
         # nothing above was the kernel's before
         tl.extra.cuda.gdc_wait()
     # transposed: of the state's shape and order, X would be given the state's vectors
@@ -283,9 +282,7 @@ def make_replay(spec: GdnSpec, device: Device, *, deterministic: bool) -> Callab
     tiles = by_itemsize[4 if spec.state_dtype is torch.float32 else 2]
     terms, update_terms = _terms(spec, device)
     precision = "tf32x3" if device.kind == "cuda" else "ieee"
-    overlaps = can_overlap(device)
-    plain = {"enable_fp_fusion": FP_FUSION}
-    options = {**plain, "launch_pdl": True} if overlaps else plain
+    OVERLAPS, options = can_overlap(device), launch_options(device)
     parts = H + ceil_div(HV * V, 2 * K)
     group = power_of_two(HV // H)
 
@@ -327,13 +324,13 @@ def make_replay(spec: GdnSpec, device: Device, *, deterministic: bool) -> Callab
                 *a.stride(), *b.stride(), A_log.stride(0), dt_bias.stride(0), *batch,
                 *strides(parents, 2), *drafts.k.stride(), *drafts.v.stride(), *drafts.g.stride(),
                 *drafts.beta.stride(), H, HV, K, V, W, *sizes, power_of_two(P), group, size,
-                width, PAD, spec.qk_l2norm, spec.activation == "silu", precision, overlaps,
-                num_warps=prepare_warps if R == 16 else 8, num_stages=1, **plain,
+                width, PAD, spec.qk_l2norm, spec.activation == "silu", precision, OVERLAPS,
+                num_warps=prepare_warps if R == 16 else 8, num_stages=1, **options,
             )  # fmt: skip
         _replay[(sequences * HV * (V // rows),)](
             state, indices, accepted, cu, X, values, solution, out, B, T, *state.stride(), *batch,
             *out.stride(), H, HV, K, V, *sizes, rows, chunk, size, width, PAD, terms,
-            update_terms, precision, overlaps, num_warps=warps, num_stages=1, **options,
+            update_terms, precision, OVERLAPS, num_warps=warps, num_stages=1, **options,
         )  # fmt: skip
 
     return launch

@@ -15,6 +15,7 @@ import triton.language as tl
 from gdn_backend_triton.conv1d_verify import ancestors, window_before
 from gdn_backend_triton.launch import STEP_SIZES, STEP_TENSORS
 from gdn_backend_triton.maths import gates, upper_half
+from gdn_backend_triton.overlap import begin
 from gdn_backend_triton.taps import convolve, load_bias, load_weight, store_window
 
 
@@ -206,14 +207,13 @@ def prepare(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     P: tl.constexpr, ROOM: tl.constexpr, R: tl.constexpr, RK: tl.constexpr, RP: tl.constexpr,
     GROUP: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr,
-    NORM: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Fill ``rows_of_X``, ``values`` and ``solution``, and keep the new drafts.
 
     With ``weight`` q is the convolution's input and k and v are not read.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    begin(OVERLAPS)
     KEYS: tl.constexpr = ROOM + P
     HEADS: tl.constexpr = HV // H
     PARTS: tl.constexpr = H + (HV * V + 2 * K - 1) // (2 * K)

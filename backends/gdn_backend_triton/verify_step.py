@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gdn_backend_triton.conv1d_verify import make_conv1d_verify
 from gdn_backend_triton.gated_rms_norm import make_gated_rms_norm
-from gdn_backend_triton.launch import can_overlap, empty_like, refuse_gradients
+from gdn_backend_triton.launch import empty_like, refuse_gradients
 from gdn_backend_triton.mtp_verify import make_recurrence
 from gdn_backend_triton.replay import Convolution, make_replay, refuse_large_trees
 from gdn_backend_triton.trees import fill_parents
@@ -29,7 +29,7 @@ def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> V
     """Return the op: on Hopper and later, states are on their way while the convolution runs."""
     HV, V = spec.num_v_heads, spec.head_v_dim
     options = {"deterministic": deterministic}
-    conv1d_verify = make_conv1d_verify(spec, device, **options, pdl=can_overlap(device))
+    conv1d_verify = make_conv1d_verify(spec, device, **options)
     recurrence = make_recurrence(spec, device, packed=True)
     replay = make_replay(spec, device, **options)
     gated_rms_norm = make_gated_rms_norm(spec, device, **options)

@@ -276,6 +276,8 @@ def _replay(values, shape: cutlass.Constexpr, indices, indices_b, accepted, acce
     warp = cute.arch.make_warp_uniform(thread // 32)
     lane = thread % 32
     base = Int32(cute.arch.get_dyn_smem(cutlass.Uint8, alignment=128).toint())
+    # launched to start early: here all that was launched before is done
+    cute.arch.griddepcontrol_wait()
     if warp < CONSUMERS:
         _consume(values, shape, indices, indices_b, accepted, accepted_b, total, base, warp, lane)
     else:
@@ -326,7 +328,11 @@ class _Traced:
 def _launch(numbers: Numbers, stream: cuda.CUstream, shape: cutlass.Constexpr):
     *values, indices, indices_b, accepted, accepted_b, total, blocks = numbers.all()
     _replay(tuple(values), shape, indices, indices_b, accepted, accepted_b, Int32(total)).launch(
-        grid=(Int32(blocks), 1, 1), block=(THREADS, 1, 1), smem=shape.shared, stream=stream
+        grid=(Int32(blocks), 1, 1),
+        block=(THREADS, 1, 1),
+        smem=shape.shared,
+        stream=stream,
+        use_pdl=True,
     )
 
 

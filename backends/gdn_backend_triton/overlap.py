@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels that start before the one in front of them has ended, from Hopper on.
+
+It takes half a microsecond off every launch, whoever launched the kernel in front. An op's first
+kernel waits at its top for all that was launched before it, and lets the next one start then: so
+that one finds all done but what the first computes, and may load states while it runs. No program
+of any of them ends without having waited, or what is launched behind could start too soon.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from gdn_backend_triton.launch import FP_FUSION
+from gdn_portable.spec import Device
+
+
+def can_overlap(device: Device) -> bool:
+    """Return whether a kernel may start before the one in front of it ends."""
+    return device.kind == "cuda" and int(device.arch.removeprefix("sm")) >= 90
+
+
+def launch_options(device: Device) -> dict[str, Any]:
+    """Return those of every launch of a kernel that waits where it can overlap."""
+    options: dict[str, Any] = {"enable_fp_fusion": FP_FUSION}
+    # a keyword that only NVIDIA's compiler knows
+    return options | {"launch_pdl": True} if can_overlap(device) else options
+
+
+@triton.jit
+def begin(OVERLAPS: tl.constexpr):
+    """Wait for all that was launched before, then let the kernel behind this one start."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
