@@ -10,6 +10,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from gdn_backend_cuda.flashinfer_probe import DISTRIBUTION
+from gdn_backend_cuda.probe import is_older
 from torch import Tensor
 
 from gdn_portable import (
@@ -48,6 +50,11 @@ KERNELS = {
     "flashinfer.prefill_step": Op.PREFILL_STEP,
     "flashinfer.prefill_step_cp": Op.PREFILL_STEP,
 }
+
+
+def is_mended(*release: int) -> bool:
+    """Return whether FlashInfer is of a release whose sources no longer have a mistake."""
+    return is_older(DISTRIBUTION, release) is None
 
 
 @cache
