@@ -456,8 +456,11 @@ def _readers(spec: GdnSpec, mixed: Tensor) -> dict[str, Reader]:
 @pytest.mark.parametrize(
     "op", [op.value for op in Op if op not in (Op.PLAN_PREFILL, Op.MTP_COMMIT)]
 )
-def test_an_op_waits_for_the_kernel_that_lets_it_start_early(op: str, backend: str | None) -> None:
-    ops = _bound(SPEC, backend)
+@pytest.mark.parametrize("joins", [False, True], ids=["one stream", "two that join"])
+def test_an_op_waits_for_the_kernels_that_let_it_start_early(
+    joins: bool, op: str, backend: str | None
+) -> None:
+    ops, beside = _bound(SPEC, backend), torch.cuda.Stream()
     x = _normal(_rng(), ROWS, SPEC.conv_dim, dtype=SPEC.dtype)
     mixed = torch.empty_like(x)
     read = _readers(SPEC, mixed)[op]
@@ -465,8 +468,21 @@ def test_an_op_waits_for_the_kernel_that_lets_it_start_early(op: str, backend: s
     windows = StatePool.allocate(SPEC, ROWS, "cuda").conv_state
     slots = torch.arange(ROWS, device="cuda")
 
+    def convolve_rows(rows: slice) -> None:
+        ops.conv1d_update(
+            x[rows], weight, None, windows, state_indices=slots[rows], out=mixed[rows]
+        )
+
     def convolve() -> None:
-        ops.conv1d_update(x, weight, None, windows, state_indices=slots, out=mixed)
+        if not joins:
+            convolve_rows(slice(ROWS))
+            return
+        here = torch.cuda.current_stream()
+        beside.wait_stream(here)
+        with torch.cuda.stream(beside):
+            convolve_rows(slice(ROWS // 2, ROWS))
+        convolve_rows(slice(ROWS // 2))
+        here.wait_stream(beside)
 
     convolve()
     torch.cuda.synchronize()
