@@ -28,6 +28,7 @@ from gdn_backend_triton.launch import (
     empty_like,
     refuse_gradients,
 )
+from gdn_backend_triton.maths import rounded
 from gdn_backend_triton.overlap import can_overlap, launch_options
 from gdn_backend_triton.sequences import locate, num_programs
 from gdn_backend_triton.taps import strides
@@ -119,7 +120,7 @@ def _updates(
     at = inverse + i.to(tl.int64) * (HV * CHUNK * CHUNK) + r[:, None] * CHUNK + r[None, :]
     solve = tl.load(at, mask=below, other=0.0)
     read = tl.load(factors + i.to(tl.int64) * (HV * 4 * CHUNK) + CHUNK + r)
-    wanted = _left(kt, S.to(kt.dtype), V_FIRST, PRECISION) * _by_token(read, V_FIRST)
+    wanted = _left(kt, rounded(S, kt.dtype), V_FIRST, PRECISION) * _by_token(read, V_FIRST)
     if HAS_V:
         at = v + r[:, None] * v_t + o_v[None, :] * v_v
         vt = tl.load(at, mask=(r < left)[:, None], other=0.0)
@@ -127,12 +128,12 @@ def _updates(
             # v^T would have to move between threads to be added, but not to be multiplied
             solve = tl.trans(solve)
             u = tl.dot(tl.trans(vt), solve, input_precision=PRECISION)
-            u = tl.dot(wanted.to(kt.dtype), solve, u, input_precision=PRECISION)
+            u = tl.dot(rounded(wanted, kt.dtype), solve, u, input_precision=PRECISION)
         else:
             wanted += vt.to(tl.float32)
-            u = tl.dot(solve, wanted.to(kt.dtype), input_precision=PRECISION)
+            u = tl.dot(solve, rounded(wanted, kt.dtype), input_precision=PRECISION)
     else:
-        u = _left(solve, wanted.to(kt.dtype), V_FIRST, PRECISION)
+        u = _left(solve, rounded(wanted, kt.dtype), V_FIRST, PRECISION)
     return u
 
 
@@ -143,7 +144,7 @@ def _after(S, kt, u, factor, total, V_FIRST: tl.constexpr, PRECISION: tl.constex
     if kt.dtype == tl.float16:
         # the norm of a zero key is 1e-3: its inverse would overflow, and infinity times 0 is NaN
         written = tl.minimum(tl.maximum(written, -65504.0), 65504.0)
-    written = written.to(kt.dtype)
+    written = rounded(written, kt.dtype)
     S = S * tl.exp2(total)
     if V_FIRST:
         S = tl.dot(written, kt, S, input_precision=PRECISION)
@@ -442,19 +443,19 @@ def _scan(
         seen = tl.load(at, mask=below, other=0.0)
         write = tl.load(weights + 3 * CHUNK + r)
         if not Q_LAST:
-            o = _left(qt, S.to(kt.dtype), V_FIRST, PRECISION) * _by_token(reach, V_FIRST)
+            o = _left(qt, rounded(S, kt.dtype), V_FIRST, PRECISION) * _by_token(reach, V_FIRST)
         u = _updates(
             S, kt, v, inverse, factors, i, left, o_v, v_t, v_v, HV, True, V_FIRST, PRECISION
         )
         if Q_LAST:
             qt = tl.load(of_q, mask=inside[:, None], other=0.0)
-            o = _left(qt, S.to(kt.dtype), V_FIRST, PRECISION) * _by_token(reach, V_FIRST)
+            o = _left(qt, rounded(S, kt.dtype), V_FIRST, PRECISION) * _by_token(reach, V_FIRST)
         if V_FIRST:
-            o = tl.dot(u.to(kt.dtype), tl.trans(seen), o, input_precision=PRECISION)
+            o = tl.dot(rounded(u, kt.dtype), tl.trans(seen), o, input_precision=PRECISION)
         else:
-            o = tl.dot(seen, u.to(kt.dtype), o, input_precision=PRECISION)
+            o = tl.dot(seen, rounded(u, kt.dtype), o, input_precision=PRECISION)
         at = out + _tile(r, out_t, o_v, out_v, V_FIRST)
-        tl.store(at, o.to(out.dtype.element_ty), mask=_by_token(inside, V_FIRST))
+        tl.store(at, rounded(o, out.dtype.element_ty), mask=_by_token(inside, V_FIRST))
         if checkpoint_offsets is not None:
             if (keep > token) & (keep <= token + CHUNK) & (keep <= end):
                 row = keep - token - 1

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from gdn_backend_triton.launch import STEP_SIZES, STEP_TENSORS
-from gdn_backend_triton.maths import LOG2_E
+from gdn_backend_triton.maths import LOG2_E, rounded
 from gdn_backend_triton.overlap import begin
 from gdn_backend_triton.sequences import locate
 
@@ -170,7 +170,7 @@ def _store_decayed(
         R *= tl.exp2(_apart(G[ROW], end, low[ROW], low_end, WIDE))[:, None]
         beta *= tl.exp2(_apart(end, G[COLUMN], low_end, low[COLUMN], WIDE))
     R *= beta[None, :]
-    tl.store(inverse + _block(ROW, COLUMN), R.to(inverse.dtype.element_ty))
+    tl.store(inverse + _block(ROW, COLUMN), rounded(R, inverse.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
@@ -259,7 +259,7 @@ def attend(
         apart = _apart(G[:, None], G[None, :], low[:, None], low[None, :], WIDE)
         decayed = seen * tl.exp2(apart)
         rows = attention + chunk * (CHUNK * CHUNK)
-        tl.store(rows + tile, decayed.to(attention.dtype.element_ty), mask=below)
+        tl.store(rows + tile, rounded(decayed, attention.dtype.element_ty), mask=below)
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)

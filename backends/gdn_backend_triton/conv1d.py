@@ -19,7 +19,7 @@ from gdn_backend_triton.launch import (
     power_of_two,
     refuse_gradients,
 )
-from gdn_backend_triton.maths import correction, gates
+from gdn_backend_triton.maths import correction, gates, rounded
 from gdn_backend_triton.overlap import begin, can_overlap, launch_options
 from gdn_backend_triton.sequences import locate, num_programs
 from gdn_backend_triton.taps import (
@@ -183,11 +183,12 @@ def _store_rows(
             y *= tl.rsqrt(tl.sum(y * y, 1) + 1e-6)[:, None]
         y *= scale
         target = out + (row + i) * out_t + channel * out_d
-        tl.store(target, y.to(out.dtype.element_ty), mask=(row + i < left) & mask)
+        y = rounded(y, out.dtype.element_ty)
+        tl.store(target, y, mask=(row + i < left) & mask)
         if beta is not None:
             h = tl.arange(0, HEADS)[None, :]
             inside = (row + i < left) & (h < heads)
-            by = correction(y.to(out.dtype.element_ty))
+            by = correction(y)
             logit = tl.load(b + (row + i) * b_t + h * b_h, mask=inside, other=0.0)
             amount = tl.sigmoid(logit.to(tl.float32)) * by[:, None]
             tl.store(beta + (row + i) * beta_t + h, amount, mask=inside)
@@ -533,7 +534,8 @@ def _conv1d_update(
     for i in tl.static_range(ROWS):
         b = (first + i).to(tl.int64)
         y = tl.where(slots[i] > PAD, convolve(taps, i * W, columns, offset, W, SILU), 0.0)
-        tl.store(out + b * out_b + d * out_d, y.to(out.dtype.element_ty), mask=mask & (b < B))
+        target = out + b * out_b + d * out_d
+        tl.store(target, rounded(y, out.dtype.element_ty), mask=mask & (b < B))
         slot = slots[i]
         if out_state_indices is not None:
             live = slot > PAD

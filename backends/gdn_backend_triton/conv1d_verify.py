@@ -16,6 +16,7 @@ from gdn_backend_triton.launch import (
     empty_like,
     refuse_gradients,
 )
+from gdn_backend_triton.maths import rounded
 from gdn_backend_triton.overlap import begin, can_overlap, launch_options
 from gdn_backend_triton.taps import (
     convolve,
@@ -165,7 +166,8 @@ def _conv1d_verify(
 
     for t in tl.static_range(P):
         y = convolve(inputs, t * STEP, columns, offset, W, SILU)
-        tl.store(out + t * out_t, y.to(out.dtype.element_ty), mask=mask & (t < length))
+        target = out + t * out_t
+        tl.store(target, rounded(y, out.dtype.element_ty), mask=mask & (t < length))
     if PROTOCOL == "replay":
         if accepted is not None:
             store_window(window, state_l, history, mask & (accepted > 0), W)

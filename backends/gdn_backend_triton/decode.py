@@ -20,7 +20,7 @@ from gdn_backend_triton.launch import (
     empty_like,
     refuse_gradients,
 )
-from gdn_backend_triton.maths import gates
+from gdn_backend_triton.maths import gates, rounded
 from gdn_backend_triton.overlap import begin, can_overlap, launch_options
 from gdn_portable.errors import InputError
 from gdn_portable.interface import DecodeStep, RecurrentDecode
@@ -177,7 +177,7 @@ def _decode(
         y = tl.where(tl.arange(0, PANELS)[None, :] == panel, read[:, None], y)
         S = tl.reshape(decay * S + u[None, :, None] * key, [SPLIT * BP, BK])
         if target > PAD:
-            tl.store(new + panel * BP * state_v, S.to(state.dtype.element_ty))
+            tl.store(new + panel * BP * state_v, rounded(S, state.dtype.element_ty))
         if panel + 1 < PANELS:
             S, value = next_S, next_value
     y = tl.reshape(tl.trans(y), [BV])

@@ -3,6 +3,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_hip_cdna3
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MOST_ROUNDED = tl.constexpr(2.0**-8)  # of the square of a unit vector's norm
@@ -59,3 +60,18 @@ def upper_half(x):
     bits = x.to(tl.uint32, bitcast=True) & 0xFFFF0000
     half = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return half, x - bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """Return x rounded to ``dtype``.
+
+    gfx942 has no instruction for bfloat16, and what LLVM has instead takes four and a half for a
+    number. There ties go away from zero, which takes one and a half.
+    """
+    if is_hip_cdna3() and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True) + 0x8000
+        y = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(dtype)
+    return y

@@ -19,7 +19,7 @@ from gdn_backend_triton.launch import (
     empty_like,
     refuse_gradients,
 )
-from gdn_backend_triton.maths import gates
+from gdn_backend_triton.maths import gates, rounded
 from gdn_backend_triton.overlap import begin, can_overlap, launch_options
 from gdn_backend_triton.replay import make_replay, refuse_large_trees
 from gdn_backend_triton.taps import strides
@@ -176,9 +176,9 @@ def _recurrent(
         tl.store(out + t.to(tl.int64) * out_t, o.to(out.dtype.element_ty))
         if kept is None:
             if target > PAD:
-                tl.store(state + target * state_s + in_state, S.to(state.dtype.element_ty))
+                tl.store(state + target * state_s + in_state, rounded(S, state.dtype.element_ty))
         else:
-            tl.store(kept + t.to(tl.int64) * kept_p + in_kept, S.to(kept.dtype.element_ty))
+            tl.store(kept + t.to(tl.int64) * kept_p + in_kept, rounded(S, kept.dtype.element_ty))
             if parents is not None:
                 tl.debug_barrier()
         query, key, value = query_next, key_next, value_next

@@ -32,7 +32,7 @@ from gdn_backend_triton.launch import (
     ceil_div,
     power_of_two,
 )
-from gdn_backend_triton.maths import upper_half
+from gdn_backend_triton.maths import rounded, upper_half
 from gdn_backend_triton.overlap import can_overlap, launch_options
 from gdn_backend_triton.replay_inputs import place, prepare
 from gdn_backend_triton.taps import strides
@@ -106,11 +106,11 @@ def _dot_terms(S, X, y, TERMS: tl.constexpr, PRECISION: tl.constexpr):
             term, S = upper_half(S)
             y = tl.dot(term, X, y)
     else:
-        term = S.to(X.dtype)
+        term = rounded(S, X.dtype)
         y = tl.dot(term, X, y)
         for _ in tl.static_range(TERMS - 1):
             S -= term.to(tl.float32)
-            term = S.to(X.dtype)
+            term = rounded(S, X.dtype)
             y = tl.dot(term, X, y)
     return y
 
@@ -262,7 +262,7 @@ def _replay(
         for n in tl.static_range(CHUNKS):
             updated = _interleave(S[n], WIDTH).to(tl.float32) * decay_left
             updated = _dot_terms(D, tl.trans(X[n]), updated, UPDATE_TERMS, PRECISION)
-            updated = _deinterleave(updated.to(state.dtype.element_ty), WIDTH)
+            updated = _deinterleave(rounded(updated, state.dtype.element_ty), WIDTH)
             tl.store(state + n * BK * state_k, updated)
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from gdn_backend_triton.conv1d_verify import ancestors, window_before
 from gdn_backend_triton.launch import STEP_SIZES, STEP_TENSORS
-from gdn_backend_triton.maths import gates, upper_half
+from gdn_backend_triton.maths import gates, rounded, upper_half
 from gdn_backend_triton.overlap import begin
 from gdn_backend_triton.taps import convolve, load_bias, load_weight, store_window
 
@@ -293,7 +293,8 @@ def prepare(
         drafts = tl.tuple([])
         for t in tl.static_range(P):
             y = convolve(inputs, t * STEP, columns, offset, W, SILU)
-            drafts = drafts + (tl.where(t < count, y, 0.0).to(rows_of_X.dtype.element_ty),)
+            y = rounded(tl.where(t < count, y, 0.0), rows_of_X.dtype.element_ty)
+            drafts = drafts + (y,)
     else:
         drafts = tl.tuple([])
         for t in tl.static_range(P):
