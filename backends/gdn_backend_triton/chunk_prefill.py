@@ -569,15 +569,15 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
         if T == 0 and N == 0:
             return out
 
-        device, dtype = v.device, v.dtype
+        own, where = v.dtype, v.device
 
         def scratch(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
             # with more than one axis torch takes half as long again
-            return torch.empty(count, dtype=dtype, device=device)
+            return torch.empty(count, dtype=dtype, device=where)
 
         places = num_programs(T, N, C)
-        attention = scratch(places * (HV * C * C), dtype)
-        inverse = scratch(places * (HV * C * C), dtype)
+        attention = scratch(places * (HV * C * C), own)
+        inverse = scratch(places * (HV * C * C), own)
         factors = scratch(places * (HV * 4 * C))
         decay_low = None if LOW else scratch(places * (HV * C))
         # of normalised keys float16 holds more than bfloat16
@@ -588,13 +588,8 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
         fresh, targets = metadata.has_initial_state, metadata.out_state_indices
         offsets, rows = metadata.checkpoint_offsets, metadata.checkpoint_indices
         kept, kept_pad = (state, PAD) if checkpoint_state is None else (checkpoint_state, -1)
-        q_s, k_s, v_s, beta_s, state_s = (
-            q.stride(),
-            k.stride(),
-            v.stride(),
-            beta.stride(),
-            state.stride(),
-        )
+        q_s, k_s, v_s = q.stride(), k.stride(), v.stride()
+        beta_s, state_s = beta.stride(), state.stride()
         cu_s, slots_s, fresh_s = cu_seqlens.stride(0), slots.stride(0), strides(fresh, 1)
         segment = 0 if never_cut else _segment(T, N, HV * (V // BV), tile)
         bounds = scratch(places * HV) if segment and not L2NORM else None
@@ -615,8 +610,8 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
             pieces, warm_up = num_programs(T, N, segment), max(segment // C // 2, 2)
             initial = scratch(pieces * (HV * V * K))
             add = scratch(pieces * (HV * V * K))
-            high = scratch(pieces * (HV * K * K), dtype)
-            low = scratch(pieces * (HV * K * K), dtype)
+            high = scratch(pieces * (HV * K * K), own)
+            low = scratch(pieces * (HV * K * K), own)
             _bridge[(pieces * HV * (V // BV + K // BK),)](
                 k, v, state, inverse, factors, bounds, initial, add, high, low,
                 cu_seqlens, slots, fresh, N, T, segment, warm_up,
