@@ -184,10 +184,11 @@ class _Inputs:
                 metadata=dataclasses.replace(base, has_initial_state=None),
             ),
         )
-        target = torch.tensor([16, 17, -1, 18, 19, 20, 21, 22, 23, 1, 2], dtype=torch.int32)
+        # the last one has no tokens either: a kernel may copy its state, and must not
+        target = torch.tensor([16, 17, -1, 18, 19, 20, 21, 22, 23, 1, self.spec.pad_slot])
         forked = dataclasses.replace(
             base,
-            out_state_indices=target,
+            out_state_indices=target.int(),
             checkpoint_offsets=torch.tensor([0, 0, 2, 2, -1, 0, 63, 64, 3, 129, 0]),
             checkpoint_indices=torch.tensor([-1, 3, 4, -2, 8, -1, 10, 13, 8, 8, -1]),
         )

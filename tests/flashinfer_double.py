@@ -2,14 +2,15 @@
 """FlashInfer's gated delta rule as it behaves on Hopper, in PyTorch for a CPU: a double for tests.
 
 It keeps what its adapters have to live with: indices without padding, found by their address
-alone; one index to read and to write; no row without initial state; untouched empty sequences; a
-last chunk of the last sequence written whole; bfloat16 inside; and an infinity times 0 where a gate
-is large.
+alone; one index to read and to write, or in a newer release two, of which -1 is none; no row
+without initial state; untouched empty sequences; a last chunk of the last sequence written whole;
+bfloat16 inside; and an infinity times 0 where a gate is large.
 """
 
 from __future__ import annotations
 
 import ctypes
+import inspect
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -190,14 +191,18 @@ def chunk_gated_delta_rule(
     state_indices: Tensor | None = None,
     backend: str = "auto",
     max_seqlen: int | None = None,
+    *,
+    output_state_indices: Tensor | None = None,
 ) -> None:
-    """Run every sequence in place; an empty one is left out."""
+    """Run every sequence; an empty one is left out."""
     CALLS.append("chunk cp" if use_cp else "chunk")
     assert initial_state is not None and output_state is not None and state_indices is not None
     assert cu_seqlens is not None and output is not None and scale is not None
     assert not use_qk_l2norm_in_kernel and output_final_state and use_cp != "auto"
     for x in (q, k, v, g, beta, cu_seqlens, state_indices, output):
         assert x.is_contiguous()
+    assert output_state_indices is None or not use_cp
+    targets = state_indices if output_state_indices is None else output_state_indices
     assert output.dtype is q.dtype and max_seqlen is not None
     T, offsets = len(q), cu_seqlens.tolist()
     assert -(-T // (len(offsets) - 1)) <= max_seqlen <= T
@@ -207,7 +212,10 @@ def chunk_gated_delta_rule(
         if start == end:
             continue
         assert end - start <= max_seqlen
-        S = row_of(initial_state, int(state_indices[n])).float()
+        source, target = int(state_indices[n]), int(targets[n])
+        S = torch.zeros(initial_state.shape[1:])
+        if output_state_indices is None or source >= 0:
+            S = row_of(initial_state, source).float()
         for t in range(start, end):
             S, o = _step(S, q[t].float() * scale, k[t], v[t], g[t], beta[t])
             output[t] = o.to(output.dtype)
@@ -215,9 +223,21 @@ def chunk_gated_delta_rule(
                 assert state_checkpoints is not None and checkpoint_cu_starts is not None
                 row = int(checkpoint_cu_starts[n]) + (t + 1 - start) // every - 1
                 state_checkpoints[row] = S.to(state_checkpoints.dtype)
-        row_of(output_state, int(state_indices[n])).copy_(S)
+        if output_state_indices is None or target >= 0:
+            row_of(output_state, target).copy_(S)
         if n == len(offsets) - 2:
             output[end : start + -(-(end - start) // CHUNK) * CHUNK] = 1.0
+
+
+def _older_chunk_gated_delta_rule(**arguments: Any) -> None:
+    """Run every sequence in place."""
+    chunk_gated_delta_rule(**arguments)
+
+
+_newer = inspect.signature(chunk_gated_delta_rule)
+vars(_older_chunk_gated_delta_rule)["__signature__"] = _newer.replace(
+    parameters=[x for x in _newer.parameters.values() if x.name != "output_state_indices"]
+)
 
 
 def get_cache_buf(name: str, num_bytes: int, device: torch.device) -> Tensor:
@@ -226,8 +246,14 @@ def get_cache_buf(name: str, num_bytes: int, device: torch.device) -> Tensor:
     return cache.setdefault((name, device), torch.empty(num_bytes, dtype=torch.uint8))
 
 
-def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make ``import flashinfer`` find the double until the test ends."""
+def install(monkeypatch: pytest.MonkeyPatch, *, is_newer: bool) -> None:
+    """Make ``import flashinfer`` find the double until the test ends.
+
+    Args:
+        monkeypatch: of the test.
+        is_newer: whether a prefill takes an index to read and one to write.
+    """
+    chunk = chunk_gated_delta_rule if is_newer else _older_chunk_gated_delta_rule
     modules = {
         "flashinfer": {},
         "flashinfer.utils": {"_cache_buf": {}, "_get_cache_buf": get_cache_buf},
@@ -235,7 +261,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
             "gated_delta_rule_decode_pretranspose": gated_delta_rule_decode_pretranspose,
             "gated_delta_rule_mtp": gated_delta_rule_mtp,
         },
-        "flashinfer.gdn_prefill": {"chunk_gated_delta_rule": chunk_gated_delta_rule},
+        "flashinfer.gdn_prefill": {"chunk_gated_delta_rule": chunk},
         "flashinfer.gdn_kernels": {},
         "flashinfer.gdn_kernels.gdn_decode_bf16_state": {
             "gated_delta_rule_mtp": _gated_delta_rule_mtp_bf16

@@ -62,10 +62,10 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+@pytest.fixture(params=[False, True], ids=["older", "newer"], autouse=True)
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Install the double and return what is called of it."""
-    flashinfer_double.install(monkeypatch)
+    flashinfer_double.install(monkeypatch, is_newer=request.param)
     return flashinfer_double.CALLS
 
 
@@ -184,8 +184,8 @@ def test_what_a_finished_front_end_gives_is_taken_as_it_is() -> None:
     )
 
     placed = Placed(
-        q, k, g, beta, states[0], v.clone(), metadata=metadata, given=Given.RAW, pad=spec.pad_slot,
-        device=DEVICE,
+        q, k, g, beta, states[0], v.clone(), metadata=metadata, given=Given.RAW, has_targets=True,
+        pad=spec.pad_slot, device=DEVICE,
     )  # fmt: skip
     ready = placed.q, placed.k, v, placed.alpha, placed.beta
     want = raw(q, k, v, g, beta, states[1], metadata=metadata)
@@ -197,7 +197,10 @@ def test_what_a_finished_front_end_gives_is_taken_as_it_is() -> None:
     assert torch.equal(states[2], states[1])
 
 
-def test_a_pool_whose_slots_interleave_is_refused() -> None:
+def test_a_pool_whose_slots_interleave_has_no_rows_beside_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flashinfer_double.install(monkeypatch, is_newer=False)
     rng, prefill = generator(), _adapter(SPEC, RULES[Op.CHUNK_PREFILL])
     rows = (*qkv(SPEC, rng, 3), *g_beta(SPEC, rng, 3))
     metadata = PrefillMetadata(torch.tensor([0, 3]), torch.tensor([1]))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from gdn_backend_cuda.flashinfer_probe import parameters
 from torch import Tensor
 
 from gdn_portable import (
@@ -125,6 +126,22 @@ def test_a_checkpoint_may_lie_far_behind_the_states_that_are_kept(
 
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("spec", [UNIT, replace(UNIT, state_dtype=torch.bfloat16)], ids=STATES)
+def test_slots_may_interleave_where_rows_to_write_are_a_list_of_their_own(spec: GdnSpec) -> None:
+    if "output_state_indices" not in parameters(gdn_prefill.chunk_gated_delta_rule):
+        pytest.skip("needs a FlashInfer that takes output_state_indices")
+    rows, ops, expected = chunk_of(100), bound(spec, CHUNK), states_of(spec)
+    state = expected.transpose(0, 1).contiguous().transpose(0, 1)
+    metadata = PrefillMetadata(offsets_of(70, 30), index(3, 4), None, index(5, 4))
+
+    want = ops.chunk_prefill(*rows, expected, metadata=metadata)
+    o = ops.chunk_prefill(*rows, state, metadata=metadata)
+
+    assert state.stride(0) < state[0].numel()
+    assert torch.equal(o, want)
+    assert torch.equal(state, expected)
 
 
 @pytest.mark.parametrize("kernel", [CHUNK, CHUNK_CP])

@@ -233,7 +233,8 @@ def test_without_a_pool_to_write_final_states_go_out_of_bounds(
         *rows, mine, metadata=PrefillMetadata(offsets_of(70), index(5), None, index(-1))
     )
 
-    assert changed_rows(memory, torch.full_like(memory, 7.0)) == [5]
+    is_outside = changed_rows(memory, torch.full_like(memory, 7.0)) == [5]
+    assert is_outside != is_mended(0, 7, 4)
     assert changed_rows(mine, states_of(UNIT)) == []
 
 

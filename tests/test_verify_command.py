@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -74,6 +75,48 @@ def test_layers_ops_and_cases_can_be_chosen(command: Command) -> None:
             LAST,
         )
     }
+
+
+def test_processes_that_share_the_device_report_the_same(command: Command) -> None:
+    documents = [
+        command.document("verify", "--device", "cpu", *DECODES, "--jobs", jobs)
+        for jobs in ("1", "2")
+    ]
+
+    alone, shared = (
+        [{**outcome, "seconds": None} for outcome in document["outcomes"]] for document in documents
+    )
+    assert shared == alone and len(shared) == 3
+
+
+def test_what_a_process_finds_before_it_loses_the_device_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def look_after(target: torch.device) -> None:
+        raise verify.DeviceLostError("it fell off")
+
+    monkeypatch.setattr(verify, "_look_after", look_after)
+    name = _backend(monkeypatch, lambda *args, **kwargs: _right(*args, **kwargs).mul_(1.01))
+
+    outcome, loss = verify._run_apart("fp32", "rule of decode", torch.device("cpu"), name)
+
+    assert "output is off by" in outcome.failure
+    assert loss == "it fell off"
+
+
+def test_a_process_that_dies_ends_the_run(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "_prepare_worker", _dies)
+
+    outcome = command("verify", "--device", "cpu", *DECODES, "--jobs", "2", "--json")
+
+    assert outcome.code == 1
+    assert json.loads(outcome.stdout)["interrupted"] == "a process ended before its case"
+
+
+def _dies() -> None:
+    os._exit(1)
 
 
 def test_every_layer_has_another_demand() -> None:

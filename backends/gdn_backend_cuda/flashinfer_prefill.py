@@ -53,6 +53,7 @@ def make_rule(spec: GdnSpec, device: Device, given: Given, *, use_cp: bool) -> C
     """
     launch = load(PREFILL)
     takes_length = "max_seqlen" in parameters(launch)
+    has_targets = "output_state_indices" in parameters(launch) and not use_cp
 
     def run(*, q: Tensor, max_seqlen: int, **arguments: object) -> None:
         if takes_length:
@@ -86,8 +87,8 @@ def make_rule(spec: GdnSpec, device: Device, given: Given, *, use_cp: bool) -> C
             return result.zero_()
         v = packed(v)
         placed = Placed(
-            q, k, g, beta, state, o, metadata=metadata, given=given, pad=spec.pad_slot,
-            device=device,
+            q, k, g, beta, state, o, metadata=metadata, given=given,
+            has_targets=has_targets, pad=spec.pad_slot, device=device,
         )  # fmt: skip
         if not T:
             return result
@@ -104,6 +105,7 @@ def make_rule(spec: GdnSpec, device: Device, given: Given, *, use_cp: bool) -> C
             output=o,
             use_cp=use_cp,
             max_seqlen=_longest(metadata, T, N),
+            **_targets(placed),
             **_checkpoints(placed),
         )
         if placed.kept is not None:
@@ -129,6 +131,10 @@ def make_rule(spec: GdnSpec, device: Device, given: Given, *, use_cp: bool) -> C
         return result if result is o else result.copy_(o)
 
     return rule
+
+
+def _targets(placed: Placed) -> dict[str, object]:
+    return {} if placed.targets is None else {"output_state_indices": placed.targets}
 
 
 def _checkpoints(placed: Placed) -> dict[str, object]:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What FlashInfer's prefill needs around it: unit vectors, linear decay, slots, zeros for padding.
 
-It reads and writes one index per sequence, has no padding, and knows no sequence without initial
-state. So a sequence's row is filled before it where that is not what it starts from, and a
-sequence that may write no slot is given a row of memory of ours, by its distance to the pool. One
-of padding writes nothing into a state of zeros there, so that its outputs are zeros. The last
-sequence's last chunk of outputs is written whole, over rows of nobody: so the last one is empty.
+A new one takes an index to read, where -1 is a state of zeros, and one to write, where -1 is none.
+An older one, or one with context parallelism, takes one index for both, of the pool: a sequence's
+row is filled before it where that is not what it starts from, and a sequence that may write no
+slot is given a row of memory of ours, by its distance to the pool. Neither touches a sequence
+without tokens, so that its row is filled here. One of padding writes nothing into a state of
+zeros, so that its outputs are zeros. The last sequence's last chunk of outputs is written whole,
+over rows of nobody: so the last one is empty.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import triton
 import triton.language as tl
 from gdn_backend_triton.launch import STEP_SIZES, STEP_TENSORS, ceil_div, power_of_two
 from gdn_backend_triton.maths import correction
-from gdn_backend_triton.overlap import begin, can_overlap, launch_options
+from gdn_backend_triton.overlap import begin, launch_options
 from gdn_backend_triton.sequences import sequence_of
 from gdn_backend_triton.taps import strides
 from torch import Tensor
@@ -115,16 +117,18 @@ def _store_gates(
 @triton.jit(do_not_specialize=(*STEP_SIZES, "own"), do_not_specialize_on_alignment=STEP_TENSORS)
 def _place(
     q, k, unit_q, unit_k, g, beta, alpha, strength, o, cu_seqlens, state_indices,
-    out_state_indices, has_initial_state, checkpoint_offsets, offsets, slots, starts, state, kept,
-    T, N, own, q_t, q_h, k_t, k_h, g_t, g_h, b_t, b_h, cu_s, indices_s, out_indices_s, initial_s,
-    checkpoints_s, state_s, state_h: tl.constexpr, state_v: tl.constexpr, H: tl.constexpr,
+    out_state_indices, has_initial_state, checkpoint_offsets, offsets, slots, targets, starts,
+    state, kept, T, N, own, q_t, q_h, k_t, k_h, g_t, g_h, b_t, b_h, cu_s, indices_s,
+    out_indices_s, initial_s, checkpoints_s, state_s,
+    state_h: tl.constexpr, state_v: tl.constexpr, H: tl.constexpr,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PAD: tl.constexpr, EVERY: tl.constexpr,
     ROWS: tl.constexpr, HEADS: tl.constexpr, SEQUENCES: tl.constexpr, CLEARED: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Run a program of the gates, of the sequences' lists, of rows of nobody or of rows to fill.
 
-    Where alpha is None there are none of the gates.
+    Where alpha is None there are none of the gates; where targets is None slots are read and
+    written.
     """
     begin(OVERLAPS)
     program = tl.program_id(0)
@@ -148,15 +152,23 @@ def _place(
         if kept is not None:
             tl.store(starts + n, first_row(offset, n, EVERY) + 1, mask=inside)
         source = tl.load(state_indices + n * indices_s, mask=n < N, other=PAD).to(tl.int64)
-        writes = source > PAD
+        reads = source > PAD
+        writes = reads
         slot = source
-        row = own
         if out_state_indices is not None:
             at = out_state_indices + n * out_indices_s
             slot = tl.load(at, mask=n < N, other=PAD).to(tl.int64)
             writes = writes & (slot > PAD)
-            row += tl.minimum(n, N - 1)
-        tl.store(slots + n, tl.where(writes, slot, row).to(tl.int32), mask=n <= N)
+        if targets is None:
+            row = own
+            if out_state_indices is not None:
+                row += tl.minimum(n, N - 1)
+            tl.store(slots + n, tl.where(writes, slot, row).to(tl.int32), mask=n <= N)
+        else:
+            if has_initial_state is not None:
+                reads &= tl.load(has_initial_state + n * initial_s, mask=n < N, other=0) != 0
+            tl.store(slots + n, tl.where(reads, source, -1).to(tl.int32), mask=n <= N)
+            tl.store(targets + n, tl.where(writes, slot, -1).to(tl.int32), mask=n <= N)
         return
     program -= lists
     if program < clears:
@@ -180,27 +192,31 @@ def _place(
     inside = head * state_h + o_v * state_v + o_k
     if out_state_indices is None and has_initial_state is None and kept is None:
         # every sequence starts from its slot, and padding shares a row
-        if _holds_padding(state_indices, indices_s, N, PAD):
-            nothing = tl.zeros([FILLED, K], state.dtype.element_ty)
-            tl.store(state + own.to(tl.int64) * state_s + inside, nothing)
+        if targets is None:
+            if _holds_padding(state_indices, indices_s, N, PAD):
+                nothing = tl.zeros([FILLED, K], state.dtype.element_ty)
+                tl.store(state + own.to(tl.int64) * state_s + inside, nothing)
         return
     source = tl.load(state_indices + n * indices_s).to(tl.int64)
     start = tl.load(cu_seqlens + n * cu_s).to(tl.int32)
     live = source > PAD
-    # it has no tokens, and nothing to write
-    if (not live) & (start == tl.load(cu_seqlens + (n + 1) * cu_s).to(tl.int32)):
+    empty = start == tl.load(cu_seqlens + (n + 1) * cu_s).to(tl.int32)
+    if (not live) & empty:
         return
     reads = live
     if has_initial_state is not None:
         reads = live & (tl.load(has_initial_state + n * initial_s) != 0)
     target = source
-    row = own.to(tl.int64)
     if out_state_indices is not None:
         target = tl.load(out_state_indices + n * out_indices_s).to(tl.int64)
-        row += n
-    if (not live) | (target <= PAD):
-        target = row
     fills = (not reads) | (target != source)
+    if targets is not None:
+        fills &= empty & (target > PAD)
+    elif (not live) | (target <= PAD):
+        fills = n >= 0
+        target = own.to(tl.int64)
+        if out_state_indices is not None:
+            target += n
     keeps = n < 0
     if kept is not None:
         checkpoint = tl.load(checkpoint_offsets + n * checkpoints_s).to(tl.int32)
@@ -226,14 +242,18 @@ class Placed:
         alpha: [T, HV] linear decay.
         beta: [T, HV] write strength.
         cu_seqlens: [N + 2] int32, an empty sequence behind the batch's.
-        slots: [N + 1] int32 rows of the pool, or of ``own``, counted from the pool's first.
-        own: memory for what may write no slot.
+        slots: [N + 1] int32 rows of the pool that are read, -1 for zeros; without ``targets``
+            those that are written as well, or of ``own``, counted from the pool's first.
+        targets: [N + 1] int32 rows of the pool that are written, -1 for none.
+        own: memory for what may write no slot, where there are no ``targets``.
         kept: [rows, HV, V, K] float32 where checkpoints are wanted: a sequence's initial state,
             and room for the states every EVERY tokens behind it.
         starts: [N + 2] int32 rows of ``kept`` behind the sequences' initial states.
     """
 
-    __slots__ = ("alpha", "beta", "cu_seqlens", "k", "kept", "own", "q", "slots", "starts")
+    __slots__ = (
+        "alpha", "beta", "cu_seqlens", "k", "kept", "own", "q", "slots", "starts", "targets",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -246,6 +266,7 @@ class Placed:
         *,
         metadata: PrefillMetadata,
         given: Given,
+        has_targets: bool,
         pad: int,
         device: Device,
     ) -> None:
@@ -260,13 +281,14 @@ class Placed:
             o: [T, HV, V] contiguous, where outputs will be.
             metadata: the batch.
             given: what q, k, g and beta are.
+            has_targets: whether rows to read and rows to write are two lists.
             pad: an index at or below it is padding.
             device: where.
         """
         (T, HV), N = g.shape, len(metadata.cu_seqlens) - 1
         V, K = state.shape[2:]
         H, tile = q.shape[1] if given is Given.RAW else HV, TILES[given]
-        targets, fresh = metadata.out_state_indices, metadata.has_initial_state
+        written, fresh = metadata.out_state_indices, metadata.has_initial_state
         checkpoints = metadata.checkpoint_offsets
 
         def integers(count: int) -> Tensor:
@@ -286,25 +308,30 @@ class Placed:
             alpha = torch.empty((T, HV), dtype=torch.float32, device=g.device)
             self.alpha, self.beta = alpha, torch.empty_like(alpha)
         self.cu_seqlens, self.slots = integers(N + 2), integers(N + 1)
-        self.kept = self.starts = None
+        self.targets = self.own = self.kept = self.starts = first = None
         if checkpoints is not None:
             rows = T // EVERY + N + 1
             self.kept = torch.empty((rows, HV, V, K), dtype=torch.float32, device=g.device)
             self.starts = integers(N + 2)
-        self.own, first = _rows_beside(state, 1 if targets is None else N)
+        if has_targets:
+            self.targets = integers(N + 1)
+        else:
+            self.own, first = _rows_beside(state, 1 if written is None else N)
         programs = 0 if alpha is None else ceil_div(T * H, tile.rows)
         programs += ceil_div(N + 2, SEQUENCES) + ceil_div(T, CLEARED)
-        alike = targets is None and fresh is None and checkpoints is None
-        programs += (1 if alike else N) * HV * (V // FILLED.value)
+        filled = N
+        if written is None and fresh is None and checkpoints is None:
+            filled = 0 if has_targets else 1
+        programs += filled * HV * (V // FILLED.value)
         _place[(programs,)](
             queries, keys, self.q, self.k, g, beta, alpha, self.beta, o, metadata.cu_seqlens,
-            metadata.state_indices, targets, fresh, checkpoints, self.cu_seqlens, self.slots,
-            self.starts, state, self.kept, T, N, first, *strides(queries, 3)[:2],
+            metadata.state_indices, written, fresh, checkpoints, self.cu_seqlens, self.slots,
+            self.targets, self.starts, state, self.kept, T, N, first, *strides(queries, 3)[:2],
             *strides(keys, 3)[:2], *g.stride(), *beta.stride(), metadata.cu_seqlens.stride(0),
-            metadata.state_indices.stride(0), *strides(targets, 1), *strides(fresh, 1),
+            metadata.state_indices.stride(0), *strides(written, 1), *strides(fresh, 1),
             *strides(checkpoints, 1), *state.stride()[:3], H, HV, K, V, pad, EVERY,
-            tile.rows, power_of_two(HV // H), SEQUENCES, CLEARED, can_overlap(device),
-            num_warps=tile.warps, **launch_options(device),
+            tile.rows, power_of_two(HV // H), SEQUENCES, CLEARED, num_warps=tile.warps,
+            **launch_options(device),
         )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from gdn_backend_triton.launch import (
     refuse_gradients,
 )
 from gdn_backend_triton.maths import rounded
-from gdn_backend_triton.overlap import can_overlap, launch_options
+from gdn_backend_triton.overlap import launch_options
 from gdn_backend_triton.sequences import locate, num_programs
 from gdn_backend_triton.taps import strides
 from gdn_portable.interface import ChunkPrefill
@@ -213,8 +213,8 @@ def _bridge(
     k_t: tl.constexpr, k_h: tl.constexpr, k_k: tl.constexpr,
     v_t: tl.constexpr, v_h: tl.constexpr, v_v: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    BK: tl.constexpr, PAD: tl.constexpr, V_FIRST: tl.constexpr, OVERLAPS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BK: tl.constexpr, PAD: tl.constexpr, V_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Keep initial states [., HV, V, K]; where a head remembers, N likewise and M [., HV, K, K].
 
@@ -341,8 +341,8 @@ def _scan(
     out_t: tl.constexpr, out_h: tl.constexpr, out_v: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     SEGMENTS: tl.constexpr, CHECKPOINT_PAD: tl.constexpr, L2NORM: tl.constexpr,
-    PAD: tl.constexpr, V_FIRST: tl.constexpr, Q_LAST: tl.constexpr, OVERLAPS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PAD: tl.constexpr, V_FIRST: tl.constexpr, Q_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Write outputs and final states; a program owns BV rows of one head of one segment."""
     program = tl.program_id(0)
@@ -534,7 +534,6 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
     LOW = spec.dtype is not torch.float32
     tile, V_FIRST = _pick_tile(spec, device)
     BV, BK = tile.BV, min(tile.BV, K)
-    OVERLAPS = can_overlap(device)
     options = {**launch_options(device), "num_stages": 1, **tile.options}
     launch_attend = {**options, "num_warps": min(tile.warps, 4)}
     launch_invert = {**options, "num_warps": 1}
@@ -596,12 +595,12 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
         attend[(places * H,)](
             q, k, g, beta, attention, keys, factors, decay_low, k_factor, bounds, cu_seqlens, slots,
             N, T, q_scale, *g.stride(), *beta_s, cu_s, slots_s, *q_s, *k_s,
-            H, HV, K, min(K, 128), L2NORM, PAD, OVERLAPS, PRECISION,
+            H, HV, K, min(K, 128), L2NORM, PAD, PRECISION,
             **launch_attend,
         )  # fmt: skip
         invert[(places * HV,)](
             beta, keys, inverse, factors, decay_low, cu_seqlens, slots, N, T,
-            *beta_s, cu_s, slots_s, H, HV, PAD, LOW, OVERLAPS, PRECISION,
+            *beta_s, cu_s, slots_s, H, HV, PAD, LOW, PRECISION,
             **launch_invert,
         )  # fmt: skip
         initial = add = high = low = None
@@ -616,7 +615,7 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
                 k, v, state, inverse, factors, bounds, initial, add, high, low,
                 cu_seqlens, slots, fresh, N, T, segment, warm_up,
                 *state_s, cu_s, slots_s, *fresh_s, *k_s, *v_s,
-                H, HV, K, V, BV, BK, PAD, V_FIRST, OVERLAPS, PRECISION, **launch_scan,
+                H, HV, K, V, BV, BK, PAD, V_FIRST, PRECISION, **launch_scan,
             )  # fmt: skip
         _scan[(pieces * HV * (V // BV),)](
             q, k, v, state, attention, inverse, factors, decay_low, k_factor, bounds,
@@ -625,8 +624,8 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
             *state_s, *kept.stride(), cu_s, slots_s, *fresh_s, *strides(targets, 1),
             *strides(offsets, 1), *strides(rows, 1),
             *q_s, *k_s, *v_s, *out.stride(),
-            H, HV, K, V, BV, bool(segment), kept_pad, L2NORM, PAD, V_FIRST, Q_LAST, OVERLAPS,
-            PRECISION, **(launch_scan if offsets is None else launch_keeping),
+            H, HV, K, V, BV, bool(segment), kept_pad, L2NORM, PAD, V_FIRST, Q_LAST, PRECISION,
+            **(launch_scan if offsets is None else launch_keeping),
         )  # fmt: skip
         return out
 

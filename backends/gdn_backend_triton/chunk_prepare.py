@@ -180,7 +180,7 @@ def attend(
     q_t: tl.constexpr, q_h: tl.constexpr, q_k: tl.constexpr,
     k_t: tl.constexpr, k_h: tl.constexpr, k_k: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, L2NORM: tl.constexpr,
-    PAD: tl.constexpr, OVERLAPS: tl.constexpr, PRECISION: tl.constexpr,
+    PAD: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Fill attention [., HV, 64, 64], keys [., H, 64, 64] and factors [., HV, 4, 64] of chunks.
 
@@ -266,7 +266,7 @@ def attend(
 def invert(
     beta, keys, inverse, factors, decay_low, cu_seqlens, state_indices, N, T,
     beta_t, beta_h, cu_s, state_indices_s, H: tl.constexpr, HV: tl.constexpr, PAD: tl.constexpr,
-    LOW: tl.constexpr, OVERLAPS: tl.constexpr, PRECISION: tl.constexpr,
+    LOW: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Fill inverse [., HV, 64, 64]; blocks of 16 x 16 above the diagonal are not written.
 

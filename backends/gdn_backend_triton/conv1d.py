@@ -20,7 +20,7 @@ from gdn_backend_triton.launch import (
     refuse_gradients,
 )
 from gdn_backend_triton.maths import correction, gates, rounded
-from gdn_backend_triton.overlap import begin, can_overlap, launch_options
+from gdn_backend_triton.overlap import begin, launch_options
 from gdn_backend_triton.sequences import locate, num_programs
 from gdn_backend_triton.taps import (
     convolve,
@@ -254,7 +254,6 @@ def make_conv1d_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -
     C, RUN = tile.channels, tile.run
     RUNS = tile.runs(C)
     blocks = ceil_div(D, C)
-    OVERLAPS = can_overlap(device)
     options, keeping = (
         {**launch_options(device), **tile.options(C, keeps_checkpoints=keeps)}
         for keeps in (False, True)
@@ -281,7 +280,7 @@ def make_conv1d_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -
             *conv_state.stride(), *out.stride(), metadata.cu_seqlens.stride(0),
             metadata.state_indices.stride(0), *strides(metadata.out_state_indices, 1),
             *strides(metadata.has_initial_state, 1), *strides(metadata.checkpoint_offsets, 1),
-            *strides(metadata.checkpoint_indices, 1), D, W, C, RUNS, RUN, PAD, SILU, OVERLAPS,
+            *strides(metadata.checkpoint_indices, 1), D, W, C, RUNS, RUN, PAD, SILU,
             **(options if metadata.checkpoint_offsets is None else keeping),
         )  # fmt: skip
         return out
@@ -455,7 +454,6 @@ def make_front_end(spec: GdnSpec, device: Device, *, finished: bool = False) -> 
     tile = _tile_of(device)
     RUNS, RUN, HEADS = tile.runs(K), tile.run, power_of_two(HV)
     blocks = ceil_div(spec.conv_dim, K) + 1
-    OVERLAPS = can_overlap(device)
     options, keeping = (
         {**launch_options(device), **tile.options(K, keeps_checkpoints=keeps)}
         for keeps in (False, True)
@@ -490,7 +488,7 @@ def make_front_end(spec: GdnSpec, device: Device, *, finished: bool = False) -> 
             metadata.state_indices.stride(0), *strides(metadata.out_state_indices, 1),
             *strides(metadata.has_initial_state, 1), *strides(offsets, 1), *strides(indices, 1),
             spec.q_scale, H, HV, K, V, W, RUNS, RUN, HEADS, PAD, SILU, spec.qk_l2norm,
-            finished, power_of_two(HV // H), OVERLAPS,
+            finished, power_of_two(HV // H),
             **(options if offsets is None else keeping),
         )  # fmt: skip
         return qk[0], qk[1], v, g, beta
@@ -552,7 +550,7 @@ def make_conv1d_update(spec: GdnSpec, device: Device, *, deterministic: bool) ->
     """Return the op: a program owns some channels of a few rows."""
     D, W, PAD, SILU = spec.conv_dim, spec.conv_width, spec.pad_slot, spec.activation == "silu"
     tiles = UPDATE_TILES.get(device.arch, UPDATE_TILES[device.kind])
-    OVERLAPS, options = can_overlap(device), launch_options(device)
+    options = launch_options(device)
 
     def conv1d_update(
         x: Tensor,
@@ -575,7 +573,7 @@ def make_conv1d_update(spec: GdnSpec, device: Device, *, deterministic: bool) ->
                 x, weight, bias, conv_state, out, state_indices, out_state_indices, B,
                 *x.stride(), *weight.stride(), *strides(bias, 1), *conv_state.stride(),
                 *out.stride(), state_indices.stride(0), *strides(out_state_indices, 1), D, W,
-                tile.rows, tile.channels, PAD, SILU, OVERLAPS, num_warps=tile.warps, **options,
+                tile.rows, tile.channels, PAD, SILU, num_warps=tile.warps, **options,
             )  # fmt: skip
         return out
 

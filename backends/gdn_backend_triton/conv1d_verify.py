@@ -17,7 +17,7 @@ from gdn_backend_triton.launch import (
     refuse_gradients,
 )
 from gdn_backend_triton.maths import rounded
-from gdn_backend_triton.overlap import begin, can_overlap, launch_options
+from gdn_backend_triton.overlap import begin, launch_options
 from gdn_backend_triton.taps import (
     convolve,
     load_bias,
@@ -195,7 +195,7 @@ def make_conv1d_verify(spec: GdnSpec, device: Device, *, deterministic: bool) ->
     D, W, PAD, SILU = spec.conv_dim, spec.conv_width, spec.pad_slot, spec.activation == "silu"
     tile = TILES.get(device.arch, TILES[device.kind])
     blocks = ceil_div(D, tile.channels)
-    OVERLAPS, options = can_overlap(device), launch_options(device)
+    options = launch_options(device)
 
     def conv1d_verify(
         x: Tensor,
@@ -226,7 +226,7 @@ def make_conv1d_verify(spec: GdnSpec, device: Device, *, deterministic: bool) ->
                 *strides(cu_seqlens, 1), metadata.state_indices.stride(0),
                 *strides(accepted, 1), *strides(metadata.rows, 1),
                 *strides(metadata.parents, 2), D, W, conv_state.shape[2], P, tile.channels, PAD,
-                SILU, draft_protocol(metadata, drafts).value, OVERLAPS, num_warps=tile.warps,
+                SILU, draft_protocol(metadata, drafts).value, num_warps=tile.warps,
                 **options,
             )  # fmt: skip
         return out

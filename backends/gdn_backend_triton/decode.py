@@ -21,7 +21,7 @@ from gdn_backend_triton.launch import (
     refuse_gradients,
 )
 from gdn_backend_triton.maths import gates, rounded
-from gdn_backend_triton.overlap import begin, can_overlap, launch_options
+from gdn_backend_triton.overlap import begin, launch_options
 from gdn_portable.errors import InputError
 from gdn_portable.interface import DecodeStep, RecurrentDecode
 from gdn_portable.metadata import GdnParams
@@ -101,9 +101,11 @@ def _decode(
     state_h: tl.constexpr, state_v: tl.constexpr, state_k: tl.constexpr, K_START: tl.constexpr,
     V_START: tl.constexpr, HV: tl.constexpr, RATIO: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, BV: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr, PAD: tl.constexpr,
-    SCALE: tl.constexpr, L2NORM: tl.constexpr, SILU: tl.constexpr, OVERLAPS: tl.constexpr,
-    WAITS: tl.constexpr,
+    SCALE: tl.constexpr, L2NORM: tl.constexpr, SILU: tl.constexpr, LATE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    # for q, k and v of the kernel in front, behind the state's loads
+    WAITS: tl.constexpr = OVERLAPS and LATE
     if not WAITS:
         begin(OVERLAPS)
     # a program owns BV rows of one head of one sequence, whatever the batch around them, and takes
@@ -226,11 +228,11 @@ def _make_launch(
         device: where.
         starts: first columns of k and v in what the convolution in front writes; None without one.
     """
-    OVERLAPS, options = can_overlap(device), launch_options(device)
+    options = launch_options(device)
     HV, K, V = spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
     constants = (*(starts or (0, 0)), HV, HV // spec.num_k_heads, K, V)
     rules = (spec.pad_slot, spec.q_scale, spec.qk_l2norm, spec.gate_activation == "silu")
-    rules += (OVERLAPS, OVERLAPS and starts is not None)
+    rules += (starts is not None,)
 
     def launch(
         q: Tensor,

@@ -15,7 +15,7 @@ from gdn_backend_triton.launch import (
     refuse_gradients,
 )
 from gdn_backend_triton.maths import silu
-from gdn_backend_triton.overlap import begin, can_overlap, launch_options
+from gdn_backend_triton.overlap import begin, launch_options
 from gdn_portable.interface import GatedRmsNorm
 from gdn_portable.spec import Device, GdnSpec
 
@@ -53,7 +53,7 @@ def _gated_rms_norm(
 def make_gated_rms_norm(spec: GdnSpec, device: Device, *, deterministic: bool) -> GatedRmsNorm:
     """Return the op: one program for a few heads, which reads and writes each value once."""
     HV, V, SILU = spec.num_v_heads, spec.head_v_dim, spec.gate_activation == "silu"
-    OVERLAPS, options = can_overlap(device), launch_options(device)
+    options = launch_options(device)
 
     def gated_rms_norm(
         x: Tensor, gate: Tensor, weight: Tensor, *, eps: float = 1e-6, out: Tensor | None = None
@@ -67,7 +67,7 @@ def make_gated_rms_norm(spec: GdnSpec, device: Device, *, deterministic: bool) -
         if rows:
             _gated_rms_norm[(ceil_div(rows, HEADS),)](
                 x, gate, weight, out, eps, rows, *x.stride(), *gate.stride(), *out.stride(),
-                weight.stride(0), HV, V, HEADS, SILU, OVERLAPS, num_warps=1, **options,
+                weight.stride(0), HV, V, HEADS, SILU, num_warps=1, **options,
             )  # fmt: skip
         return out
 

@@ -16,7 +16,7 @@ from gdn_backend_triton.launch import (
     refuse_gradients,
 )
 from gdn_backend_triton.maths import gates
-from gdn_backend_triton.overlap import begin, can_overlap, launch_options
+from gdn_backend_triton.overlap import begin, launch_options
 from gdn_portable.interface import Gating
 from gdn_portable.spec import Device, GdnSpec
 
@@ -46,7 +46,7 @@ def _gating(
 def make_gating(spec: GdnSpec, device: Device, *, deterministic: bool) -> Gating:
     """Return the op."""
     HV = spec.num_v_heads
-    OVERLAPS, options = can_overlap(device), launch_options(device)
+    options = launch_options(device)
 
     def gating(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
         refuse_gradients(a)
@@ -55,7 +55,7 @@ def make_gating(spec: GdnSpec, device: Device, *, deterministic: bool) -> Gating
         if a.numel():
             _gating[(ceil_div(a.numel(), BLOCK),)](
                 a, b, A_log, dt_bias, g, beta, a.numel(), *a.stride(), *b.stride(),
-                A_log.stride(0), dt_bias.stride(0), HV, BLOCK, OVERLAPS, num_warps=2, **options,
+                A_log.stride(0), dt_bias.stride(0), HV, BLOCK, num_warps=2, **options,
             )  # fmt: skip
         return g, beta
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_backend_triton.launch import STEP_SIZES, STEP_TENSORS, ceil_div
-from gdn_backend_triton.overlap import begin, can_overlap, launch_options
+from gdn_backend_triton.overlap import begin, launch_options
 from gdn_backend_triton.taps import strides
 from gdn_backend_triton.trees import fill_parents
 from gdn_portable.interface import MtpCommit
@@ -233,7 +233,7 @@ def make_mtp_commit(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
         spec.conv_dim,
         spec.conv_width,
     )
-    OVERLAPS, options = can_overlap(device), launch_options(device)
+    options = launch_options(device)
     rows_of_v = min(BV, V)
     states, windows = HV * (V // rows_of_v), ceil_div(D, CHANNELS)
 
@@ -251,7 +251,7 @@ def make_mtp_commit(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
             last_accepted, B, *_layered(state, 5), *_layered(window, 4), *_layered(kept_state, 6),
             *_layered(kept_window, 5), metadata.state_indices.stride(0), *strides(targets, 1),
             *strides(metadata.rows, 1), last_accepted.stride(0), *parts, K, V, D, W, rows_of_v,
-            CHANNELS, spec.pad_slot, OVERLAPS, num_warps=4, **options,
+            CHANNELS, spec.pad_slot, num_warps=4, **options,
         )  # fmt: skip
 
     def commit_replay(
@@ -268,7 +268,7 @@ def make_mtp_commit(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
             *drafts.beta.stride(), *drafts.conv_inputs.stride(), metadata.state_indices.stride(0),
             *strides(targets, 1), *strides(metadata.parents, 2), last_accepted.stride(0), *parts,
             HV // spec.num_k_heads, K, V, D, W, rows_of_v, min(LANES, K), CHANNELS, spec.pad_slot,
-            spec.qk_l2norm, OVERLAPS, num_warps=1, **options,
+            spec.qk_l2norm, num_warps=1, **options,
         )  # fmt: skip
 
     def mtp_commit(

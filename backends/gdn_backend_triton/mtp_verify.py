@@ -20,7 +20,7 @@ from gdn_backend_triton.launch import (
     refuse_gradients,
 )
 from gdn_backend_triton.maths import gates, rounded
-from gdn_backend_triton.overlap import begin, can_overlap, launch_options
+from gdn_backend_triton.overlap import begin, launch_options
 from gdn_backend_triton.replay import make_replay, refuse_large_trees
 from gdn_backend_triton.taps import strides
 from gdn_backend_triton.trees import fill_parents
@@ -86,9 +86,11 @@ def _recurrent(
     state_s, state_h, state_v, state_k, indices_b, indices_p, accepted_b, cu_b,
     parents_b, parents_p, kept_r, kept_p, kept_h, kept_v, kept_k, rows_b, out_t, out_h, out_v,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr,
-    BV: tl.constexpr, PAD: tl.constexpr, NORM: tl.constexpr, OVERLAPS: tl.constexpr,
-    WAITS: tl.constexpr, K_START: tl.constexpr, V_START: tl.constexpr,
+    BV: tl.constexpr, PAD: tl.constexpr, NORM: tl.constexpr, LATE: tl.constexpr,
+    K_START: tl.constexpr, V_START: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    # for q, k and v of the kernel in front, behind the state's loads
+    WAITS: tl.constexpr = OVERLAPS and LATE
     if not WAITS:
         begin(OVERLAPS)
     PARTS: tl.constexpr = V // BV
@@ -211,7 +213,7 @@ def make_recurrence(spec: GdnSpec, device: Device, *, packed: bool) -> Recurrenc
     starts = (H * K, 2 * H * K) if packed else (0, 0)
     rows, warps = TILES.get(device.arch, TILES[device.kind])
     rows = min(max(rows * 128 // max(K, 128), 1), V)
-    OVERLAPS, options = can_overlap(device), launch_options(device)
+    options = launch_options(device)
 
     def recurrence(
         q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
@@ -239,8 +241,8 @@ def make_recurrence(spec: GdnSpec, device: Device, *, packed: bool) -> Recurrenc
             indices.stride(0), 0 if kept is not None else indices.stride(1),
             *strides(accepted, 1), *strides(cu, 1), *strides(parents, 2), *strides(kept, 5),
             *strides(kept_rows, 1), *out.stride(),
-            H, HV, K, V, P, rows, spec.pad_slot, spec.qk_l2norm, OVERLAPS,
-            OVERLAPS and packed, *starts, num_warps=warps, num_stages=1, **options,
+            H, HV, K, V, P, rows, spec.pad_slot, spec.qk_l2norm, packed,
+            *starts, num_warps=warps, num_stages=1, **options,
         )  # fmt: skip
 
     return recurrence

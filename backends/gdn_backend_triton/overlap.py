@@ -18,16 +18,12 @@ from gdn_backend_triton.launch import FP_FUSION
 from gdn_portable.spec import Device
 
 
-def can_overlap(device: Device) -> bool:
-    """Return whether a kernel may start before the one in front of it ends."""
-    return device.kind == "cuda" and int(device.arch.removeprefix("sm")) >= 90
-
-
 def launch_options(device: Device) -> dict[str, Any]:
-    """Return those of every launch of a kernel that waits where it can overlap."""
-    options: dict[str, Any] = {"enable_fp_fusion": FP_FUSION}
+    """Return those of every launch of a kernel that waits where OVERLAPS, its last parameter."""
+    overlaps = device.kind == "cuda" and int(device.arch.removeprefix("sm")) >= 90
+    options: dict[str, Any] = {"OVERLAPS": overlaps, "enable_fp_fusion": FP_FUSION}
     # a keyword that only NVIDIA's compiler knows
-    return options | {"launch_pdl": True} if can_overlap(device) else options
+    return options | {"launch_pdl": True} if overlaps else options
 
 
 @triton.jit

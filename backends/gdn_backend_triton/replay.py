@@ -33,7 +33,7 @@ from gdn_backend_triton.launch import (
     power_of_two,
 )
 from gdn_backend_triton.maths import rounded, upper_half
-from gdn_backend_triton.overlap import can_overlap, launch_options
+from gdn_backend_triton.overlap import launch_options
 from gdn_backend_triton.replay_inputs import place, prepare
 from gdn_backend_triton.taps import strides
 from gdn_portable.errors import InputError
@@ -282,7 +282,7 @@ def make_replay(spec: GdnSpec, device: Device, *, deterministic: bool) -> Callab
     tiles = by_itemsize[4 if spec.state_dtype is torch.float32 else 2]
     terms, update_terms = _terms(spec, device)
     precision = "tf32x3" if device.kind == "cuda" else "ieee"
-    OVERLAPS, options = can_overlap(device), launch_options(device)
+    options = launch_options(device)
     parts = H + ceil_div(HV * V, 2 * K)
     group = power_of_two(HV // H)
 
@@ -324,13 +324,13 @@ def make_replay(spec: GdnSpec, device: Device, *, deterministic: bool) -> Callab
                 *a.stride(), *b.stride(), A_log.stride(0), dt_bias.stride(0), *batch,
                 *strides(parents, 2), *drafts.k.stride(), *drafts.v.stride(), *drafts.g.stride(),
                 *drafts.beta.stride(), H, HV, K, V, W, *sizes, power_of_two(P), group, size,
-                width, PAD, spec.qk_l2norm, spec.activation == "silu", precision, OVERLAPS,
+                width, PAD, spec.qk_l2norm, spec.activation == "silu", precision,
                 num_warps=prepare_warps if R == 16 else 8, num_stages=1, **options,
             )  # fmt: skip
         _replay[(sequences * HV * (V // rows),)](
             state, indices, accepted, cu, X, values, solution, out, B, T, *state.stride(), *batch,
             *out.stride(), H, HV, K, V, *sizes, rows, chunk, size, width, PAD, terms,
-            update_terms, precision, OVERLAPS, num_warps=warps, num_stages=1, **options,
+            update_terms, precision, num_warps=warps, num_stages=1, **options,
         )  # fmt: skip
 
     return launch

@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import multiprocessing
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from typing import Annotated
@@ -146,6 +151,10 @@ def verify(
     backend: Annotated[
         str | None, typer.Option(help="Backend to bind; default: the device's.")
     ] = None,
+    jobs: Annotated[
+        int,
+        typer.Option(min=1, help="Processes that share the device: kernels compile as it runs."),
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run every op against the reference on hard cases, and report what to attach to an issue."""
@@ -153,10 +162,9 @@ def verify(
     chosen = _chosen(layer or list(LAYERS), op or [member.value for member in Op], case or ["*"])
     report = Report(device=detect_device(target), name=_name(target))
     explain(MODEL, report.device, backend=backend)  # raises where a name is mistaken
-    # a case is small: threads that wait for each other only slow its reference down
-    torch.set_num_threads(1)
+    _prepare_process()
     with torch.no_grad():
-        _watch(report, chosen, target, backend)
+        _watch(report, chosen, target, backend, jobs)
     if as_json:
         print(json.dumps(_document(report), indent=2))
     else:
@@ -190,8 +198,17 @@ def _all_known(what: str, asked: Sequence[str], names: Sequence[str]) -> None:
         raise InputError(f"{what} is {unknown[0]!r}, needs {', '.join(names)}")
 
 
+def _prepare_process() -> None:
+    # a case is small: threads that wait for each other only slow its reference down
+    torch.set_num_threads(1)
+
+
 def _watch(
-    report: Report, chosen: Sequence[tuple[str, Case]], target: torch.device, backend: str | None
+    report: Report,
+    chosen: Sequence[tuple[str, Case]],
+    target: torch.device,
+    backend: str | None,
+    jobs: int,
 ) -> None:
     """Run the cases and draw a bar; what was found before a run ends early is kept."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -203,7 +220,7 @@ def _watch(
             progress.update(task, description=what)
 
         try:
-            for outcome in run(chosen, target, backend, say):
+            for outcome in _outcomes(chosen, target, backend, jobs, say):
                 report.outcomes.append(outcome)
                 progress.advance(task)
             say("done")
@@ -211,6 +228,63 @@ def _watch(
             report.interrupted = STOPPED
         except DeviceLostError as error:
             report.interrupted = str(error)
+    order = {(layer, case.name): place for place, (layer, case) in enumerate(chosen)}
+    report.outcomes.sort(key=lambda outcome: order[outcome.layer, outcome.case])
+
+
+def _outcomes(
+    chosen: Sequence[tuple[str, Case]],
+    target: torch.device,
+    backend: str | None,
+    jobs: int,
+    say: Callable[[str], None],
+) -> Iterator[Outcome]:
+    """Yield how every case ends, in processes of their own where there is more than one job."""
+    if jobs == 1:
+        yield from run(chosen, target, backend, say)
+        return
+    # a forked process could not use the device
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_prepare_worker) as pool:
+        futures = [
+            pool.submit(_run_apart, layer, case.name, target, backend) for layer, case in chosen
+        ]
+        try:
+            for future in as_completed(futures):
+                outcome, loss = future.result()
+                say(f"{outcome.layer}: {outcome.case}")
+                yield outcome
+                if loss is not None:
+                    raise DeviceLostError(loss)
+        except BrokenProcessPool as error:
+            raise DeviceLostError("a process ended before its case") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _prepare_worker() -> None:
+    # the process that reports decides what a key does
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _prepare_process()
+
+
+@functools.cache
+def _by_name(layer: str) -> dict[str, Case]:
+    return {case.name: case for case in cases(LAYERS[layer])}
+
+
+@torch.no_grad()
+def _run_apart(
+    layer: str, name: str, target: torch.device, backend: str | None
+) -> tuple[Outcome, str | None]:
+    """Return how a case ends, and what was lost with it."""
+    outcomes = run([(layer, _by_name(layer)[name])], target, backend, lambda _: None)
+    outcome = next(outcomes)
+    try:
+        next(outcomes, None)  # looks after the device
+    except DeviceLostError as error:
+        return outcome, str(error)
+    return outcome, None
 
 
 def run(
