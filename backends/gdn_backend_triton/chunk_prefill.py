@@ -28,8 +28,8 @@ from gdn_backend_triton.launch import (
     empty_like,
     refuse_gradients,
 )
+from gdn_backend_triton.launches import Launch
 from gdn_backend_triton.maths import rounded
-from gdn_backend_triton.overlap import launch_options
 from gdn_backend_triton.sequences import locate, num_programs
 from gdn_backend_triton.taps import strides
 from gdn_portable.interface import ChunkPrefill
@@ -534,14 +534,16 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
     LOW = spec.dtype is not torch.float32
     tile, V_FIRST = _pick_tile(spec, device)
     BV, BK = tile.BV, min(tile.BV, K)
-    options = {**launch_options(device), "num_stages": 1, **tile.options}
-    launch_attend = {**options, "num_warps": min(tile.warps, 4)}
-    launch_invert = {**options, "num_warps": 1}
-    launch_scan = {**options, "num_warps": tile.warps, "num_stages": tile.stages}
+    alone = {"num_stages": 1, **tile.options}
+    launch_attend = Launch(attend, device, **alone, num_warps=min(tile.warps, 4))
+    launch_invert = Launch(invert, device, **alone, num_warps=1)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, **tile.options}
     if device.kind == "rocm" and LOW and K <= 128 and not V_FIRST:
-        launch_scan |= TWO_PROGRAMS
+        options |= TWO_PROGRAMS
+    launch_bridge = Launch(_bridge, device, **options)
+    launch_scan = Launch(_scan, device, **options)
     # beside what a checkpoint passes through there is room for two stages
-    launch_keeping = {**launch_scan, "num_stages": min(tile.stages, 2)}
+    launch_keeping = Launch(_scan, device, **{**options, "num_stages": min(tile.stages, 2)})
     # while updates are computed, queries of wide float32 heads would take registers that spill then
     Q_LAST = device.kind == "rocm" and not LOW and K > 128
     PRECISION = "ieee" if device.kind == "rocm" or LOW else "tf32x3"
@@ -592,17 +594,20 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
         cu_s, slots_s, fresh_s = cu_seqlens.stride(0), slots.stride(0), strides(fresh, 1)
         segment = 0 if never_cut else _segment(T, N, HV * (V // BV), tile)
         bounds = scratch(places * HV) if segment and not L2NORM else None
-        attend[(places * H,)](
-            q, k, g, beta, attention, keys, factors, decay_low, k_factor, bounds, cu_seqlens, slots,
-            N, T, q_scale, *g.stride(), *beta_s, cu_s, slots_s, *q_s, *k_s,
-            H, HV, K, min(K, 128), L2NORM, PAD, PRECISION,
-            **launch_attend,
+        launch_attend(
+            places * H,
+            (q, k, g, beta, attention, keys, factors, decay_low, k_factor, bounds, cu_seqlens,
+             slots),
+            (N, T),
+            (q_scale, *g.stride(), *beta_s, cu_s, slots_s, *q_s, *k_s, H, HV, K, min(K, 128),
+             L2NORM, PAD, PRECISION),
         )  # fmt: skip
-        invert[(places * HV,)](
-            beta, keys, inverse, factors, decay_low, cu_seqlens, slots, N, T,
-            *beta_s, cu_s, slots_s, H, HV, PAD, LOW, PRECISION,
-            **launch_invert,
-        )  # fmt: skip
+        launch_invert(
+            places * HV,
+            (beta, keys, inverse, factors, decay_low, cu_seqlens, slots),
+            (N, T),
+            (*beta_s, cu_s, slots_s, H, HV, PAD, LOW, PRECISION),
+        )
         initial = add = high = low = None
         pieces, warm_up = N + 1, 0
         if segment:
@@ -611,21 +616,23 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
             add = scratch(pieces * (HV * V * K))
             high = scratch(pieces * (HV * K * K), own)
             low = scratch(pieces * (HV * K * K), own)
-            _bridge[(pieces * HV * (V // BV + K // BK),)](
-                k, v, state, inverse, factors, bounds, initial, add, high, low,
-                cu_seqlens, slots, fresh, N, T, segment, warm_up,
-                *state_s, cu_s, slots_s, *fresh_s, *k_s, *v_s,
-                H, HV, K, V, BV, BK, PAD, V_FIRST, PRECISION, **launch_scan,
+            launch_bridge(
+                pieces * HV * (V // BV + K // BK),
+                (k, v, state, inverse, factors, bounds, initial, add, high, low, cu_seqlens, slots,
+                 fresh),
+                (N, T, segment, warm_up),
+                (*state_s, cu_s, slots_s, *fresh_s, *k_s, *v_s, H, HV, K, V, BV, BK, PAD, V_FIRST,
+                 PRECISION),
             )  # fmt: skip
-        _scan[(pieces * HV * (V // BV),)](
-            q, k, v, state, attention, inverse, factors, decay_low, k_factor, bounds,
-            initial, add, high, low, out, kept, cu_seqlens, slots, fresh, targets, offsets, rows,
-            N, T, segment or T + C, warm_up,
-            *state_s, *kept.stride(), cu_s, slots_s, *fresh_s, *strides(targets, 1),
-            *strides(offsets, 1), *strides(rows, 1),
-            *q_s, *k_s, *v_s, *out.stride(),
-            H, HV, K, V, BV, bool(segment), kept_pad, L2NORM, PAD, V_FIRST, Q_LAST, PRECISION,
-            **(launch_scan if offsets is None else launch_keeping),
+        launch = launch_scan if offsets is None else launch_keeping
+        launch(
+            pieces * HV * (V // BV),
+            (q, k, v, state, attention, inverse, factors, decay_low, k_factor, bounds, initial,
+             add, high, low, out, kept, cu_seqlens, slots, fresh, targets, offsets, rows),
+            (N, T, segment or T + C, warm_up),
+            (*state_s, *kept.stride(), cu_s, slots_s, *fresh_s, *strides(targets, 1),
+             *strides(offsets, 1), *strides(rows, 1), *q_s, *k_s, *v_s, *out.stride(), H, HV, K, V,
+             BV, bool(segment), kept_pad, L2NORM, PAD, V_FIRST, Q_LAST, PRECISION),
         )  # fmt: skip
         return out
 

@@ -19,8 +19,9 @@ from gdn_backend_triton.launch import (
     power_of_two,
     refuse_gradients,
 )
+from gdn_backend_triton.launches import Launch
 from gdn_backend_triton.maths import correction, gates, rounded
-from gdn_backend_triton.overlap import begin, launch_options
+from gdn_backend_triton.overlap import begin
 from gdn_backend_triton.sequences import locate, num_programs
 from gdn_backend_triton.taps import (
     convolve,
@@ -254,8 +255,8 @@ def make_conv1d_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -
     C, RUN = tile.channels, tile.run
     RUNS = tile.runs(C)
     blocks = ceil_div(D, C)
-    options, keeping = (
-        {**launch_options(device), **tile.options(C, keeps_checkpoints=keeps)}
+    kernel, keeping = (
+        Launch(_conv1d_prefill, device, **tile.options(C, keeps_checkpoints=keeps))
         for keeps in (False, True)
     )
 
@@ -272,16 +273,17 @@ def make_conv1d_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -
         if out is None:
             out = empty_like(x)
         T, N = x.shape[0], metadata.cu_seqlens.shape[0] - 1
-        programs = num_programs(T, N, RUNS * RUN)
-        _conv1d_prefill[(programs * blocks,)](
-            x, weight, bias, conv_state, out, metadata.cu_seqlens, metadata.state_indices,
-            metadata.out_state_indices, metadata.has_initial_state, metadata.checkpoint_offsets,
-            metadata.checkpoint_indices, N, T, *x.stride(), *weight.stride(), *strides(bias, 1),
-            *conv_state.stride(), *out.stride(), metadata.cu_seqlens.stride(0),
-            metadata.state_indices.stride(0), *strides(metadata.out_state_indices, 1),
-            *strides(metadata.has_initial_state, 1), *strides(metadata.checkpoint_offsets, 1),
-            *strides(metadata.checkpoint_indices, 1), D, W, C, RUNS, RUN, PAD, SILU,
-            **(options if metadata.checkpoint_offsets is None else keeping),
+        cu_seqlens, slots = metadata.cu_seqlens, metadata.state_indices
+        fresh, targets = metadata.has_initial_state, metadata.out_state_indices
+        offsets, indices = metadata.checkpoint_offsets, metadata.checkpoint_indices
+        launch = kernel if offsets is None else keeping
+        launch(
+            num_programs(T, N, RUNS * RUN) * blocks,
+            (x, weight, bias, conv_state, out, cu_seqlens, slots, targets, fresh, offsets, indices),
+            (N, T),
+            (*x.stride(), *weight.stride(), *strides(bias, 1), *conv_state.stride(), *out.stride(),
+             cu_seqlens.stride(0), slots.stride(0), *strides(targets, 1), *strides(fresh, 1),
+             *strides(offsets, 1), *strides(indices, 1), D, W, C, RUNS, RUN, PAD, SILU),
         )  # fmt: skip
         return out
 
@@ -454,10 +456,14 @@ def make_front_end(spec: GdnSpec, device: Device, *, finished: bool = False) -> 
     tile = _tile_of(device)
     RUNS, RUN, HEADS = tile.runs(K), tile.run, power_of_two(HV)
     blocks = ceil_div(spec.conv_dim, K) + 1
-    options, keeping = (
-        {**launch_options(device), **tile.options(K, keeps_checkpoints=keeps)}
+    kernel, keeping = (
+        Launch(_front_end, device, **tile.options(K, keeps_checkpoints=keeps))
         for keeps in (False, True)
     )
+    constants = (
+        spec.q_scale, H, HV, K, V, W, RUNS, RUN, HEADS, PAD, SILU, spec.qk_l2norm, finished,
+        power_of_two(HV // H),
+    )  # fmt: skip
 
     def front_end(
         mixed_qkv: Tensor,
@@ -478,18 +484,21 @@ def make_front_end(spec: GdnSpec, device: Device, *, finished: bool = False) -> 
         offsets, indices = metadata.checkpoint_offsets, metadata.checkpoint_indices
         if not keeps_checkpoints:
             offsets = indices = None
-        weight, bias = params.conv_weight, params.conv_bias
-        _front_end[(num_programs(T, N, RUNS * RUN) * blocks,)](
-            mixed_qkv, a, b, weight, bias, params.A_log, params.dt_bias, conv_state, qk, v, g,
-            beta, metadata.cu_seqlens, metadata.state_indices, metadata.out_state_indices,
-            metadata.has_initial_state, offsets, indices, N, T, *mixed_qkv.stride(), *a.stride(),
-            *b.stride(), *weight.stride(), *strides(bias, 1), params.A_log.stride(0),
-            params.dt_bias.stride(0), *conv_state.stride(), metadata.cu_seqlens.stride(0),
-            metadata.state_indices.stride(0), *strides(metadata.out_state_indices, 1),
-            *strides(metadata.has_initial_state, 1), *strides(offsets, 1), *strides(indices, 1),
-            spec.q_scale, H, HV, K, V, W, RUNS, RUN, HEADS, PAD, SILU, spec.qk_l2norm,
-            finished, power_of_two(HV // H),
-            **(options if offsets is None else keeping),
+        cu_seqlens, slots = metadata.cu_seqlens, metadata.state_indices
+        fresh, targets = metadata.has_initial_state, metadata.out_state_indices
+        weight, bias, A_log, dt_bias = (
+            params.conv_weight, params.conv_bias, params.A_log, params.dt_bias,
+        )  # fmt: skip
+        launch = kernel if offsets is None else keeping
+        launch(
+            num_programs(T, N, RUNS * RUN) * blocks,
+            (mixed_qkv, a, b, weight, bias, A_log, dt_bias, conv_state, qk, v, g, beta, cu_seqlens,
+             slots, targets, fresh, offsets, indices),
+            (N, T),
+            (*mixed_qkv.stride(), *a.stride(), *b.stride(), *weight.stride(), *strides(bias, 1),
+             A_log.stride(0), dt_bias.stride(0), *conv_state.stride(), cu_seqlens.stride(0),
+             slots.stride(0), *strides(targets, 1), *strides(fresh, 1), *strides(offsets, 1),
+             *strides(indices, 1), *constants),
         )  # fmt: skip
         return qk[0], qk[1], v, g, beta
 
@@ -549,8 +558,10 @@ def _conv1d_update(
 def make_conv1d_update(spec: GdnSpec, device: Device, *, deterministic: bool) -> Conv1dUpdate:
     """Return the op: a program owns some channels of a few rows."""
     D, W, PAD, SILU = spec.conv_dim, spec.conv_width, spec.pad_slot, spec.activation == "silu"
-    tiles = UPDATE_TILES.get(device.arch, UPDATE_TILES[device.kind])
-    options = launch_options(device)
+    kernels = [
+        (tile, Launch(_conv1d_update, device, num_warps=tile.warps))
+        for tile in UPDATE_TILES.get(device.arch, UPDATE_TILES[device.kind])
+    ]
 
     def conv1d_update(
         x: Tensor,
@@ -567,13 +578,14 @@ def make_conv1d_update(spec: GdnSpec, device: Device, *, deterministic: bool) ->
             out = empty_like(x)
         B = x.shape[0]
         if B:
-            tile = next((tile for tile in tiles if tile.batch >= B), tiles[-1])
-            grid = ceil_div(B, tile.rows) * ceil_div(D, tile.channels)
-            _conv1d_update[(grid,)](
-                x, weight, bias, conv_state, out, state_indices, out_state_indices, B,
-                *x.stride(), *weight.stride(), *strides(bias, 1), *conv_state.stride(),
-                *out.stride(), state_indices.stride(0), *strides(out_state_indices, 1), D, W,
-                tile.rows, tile.channels, PAD, SILU, num_warps=tile.warps, **options,
+            tile, launch = next((each for each in kernels if each[0].batch >= B), kernels[-1])
+            launch(
+                ceil_div(B, tile.rows) * ceil_div(D, tile.channels),
+                (x, weight, bias, conv_state, out, state_indices, out_state_indices),
+                (B,),
+                (*x.stride(), *weight.stride(), *strides(bias, 1), *conv_state.stride(),
+                 *out.stride(), state_indices.stride(0), *strides(out_state_indices, 1), D, W,
+                 tile.rows, tile.channels, PAD, SILU),
             )  # fmt: skip
         return out
 

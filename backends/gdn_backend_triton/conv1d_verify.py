@@ -16,8 +16,9 @@ from gdn_backend_triton.launch import (
     empty_like,
     refuse_gradients,
 )
+from gdn_backend_triton.launches import Launch
 from gdn_backend_triton.maths import rounded
-from gdn_backend_triton.overlap import begin, launch_options
+from gdn_backend_triton.overlap import begin
 from gdn_backend_triton.taps import (
     convolve,
     load_bias,
@@ -195,7 +196,7 @@ def make_conv1d_verify(spec: GdnSpec, device: Device, *, deterministic: bool) ->
     D, W, PAD, SILU = spec.conv_dim, spec.conv_width, spec.pad_slot, spec.activation == "silu"
     tile = TILES.get(device.arch, TILES[device.kind])
     blocks = ceil_div(D, tile.channels)
-    options = launch_options(device)
+    kernel = Launch(_conv1d_verify, device, num_warps=tile.warps)
 
     def conv1d_verify(
         x: Tensor,
@@ -218,16 +219,17 @@ def make_conv1d_verify(spec: GdnSpec, device: Device, *, deterministic: bool) ->
         accepted = None if isinstance(drafts, SnapshotDrafts) else metadata.num_accepted
         sequences = B if cu_seqlens is None else B + ceil_div(T, P)
         if sequences:
-            _conv1d_verify[(sequences * blocks,)](
-                x, weight, bias, conv_state, kept, out, cu_seqlens, metadata.state_indices,
-                accepted, metadata.rows, metadata.parents, B, T,
-                0 if kept is None else kept.shape[1], *x.stride(), *weight.stride(),
-                *strides(bias, 1), *conv_state.stride(), *kept_strides, *out.stride(),
-                *strides(cu_seqlens, 1), metadata.state_indices.stride(0),
-                *strides(accepted, 1), *strides(metadata.rows, 1),
-                *strides(metadata.parents, 2), D, W, conv_state.shape[2], P, tile.channels, PAD,
-                SILU, draft_protocol(metadata, drafts).value, num_warps=tile.warps,
-                **options,
+            slots, rows, parents = metadata.state_indices, metadata.rows, metadata.parents
+            kernel(
+                sequences * blocks,
+                (x, weight, bias, conv_state, kept, out, cu_seqlens, slots, accepted, rows,
+                 parents),
+                (B, T),
+                (0 if kept is None else kept.shape[1], *x.stride(), *weight.stride(),
+                 *strides(bias, 1), *conv_state.stride(), *kept_strides, *out.stride(),
+                 *strides(cu_seqlens, 1), slots.stride(0), *strides(accepted, 1),
+                 *strides(rows, 1), *strides(parents, 2), D, W, conv_state.shape[2], P,
+                 tile.channels, PAD, SILU, draft_protocol(metadata, drafts).value),
             )  # fmt: skip
         return out
 

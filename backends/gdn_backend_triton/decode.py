@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -20,8 +21,9 @@ from gdn_backend_triton.launch import (
     empty_like,
     refuse_gradients,
 )
+from gdn_backend_triton.launches import Launch
 from gdn_backend_triton.maths import gates, rounded
-from gdn_backend_triton.overlap import begin, launch_options
+from gdn_backend_triton.overlap import begin
 from gdn_portable.errors import InputError
 from gdn_portable.interface import DecodeStep, RecurrentDecode
 from gdn_portable.metadata import GdnParams
@@ -228,7 +230,7 @@ def _make_launch(
         device: where.
         starts: first columns of k and v in what the convolution in front writes; None without one.
     """
-    options = launch_options(device)
+    kernel = functools.cache(lambda num_warps: Launch(_decode, device, num_warps=num_warps))
     HV, K, V = spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
     constants = (*(starts or (0, 0)), HV, HV // spec.num_k_heads, K, V)
     rules = (spec.pad_slot, spec.q_scale, spec.qk_l2norm, spec.gate_activation == "silu")
@@ -257,12 +259,14 @@ def _make_launch(
         if len(gate_strides) == 2:
             gate_strides = (gate_strides[0], V * gate_strides[1], gate_strides[1])
         state_s, *state_strides = state.stride()
-        _decode[(out.shape[0] * HV * (V // BV),)](
-            q, k, v, a, b, A_log, dt_bias, state, source, target, gate, weight, out, eps,
-            *qkv_strides, *a.stride(), *b.stride(), *A_log.stride(), *dt_bias.stride(), state_s,
-            *source.stride(), 0 if target is None else target.stride(0), *gate_strides,
-            0 if weight is None else weight.stride(0), *out.stride(), *state_strides, *constants,
-            BV, BP, BK, *rules, num_warps=num_warps, **options,
+        kernel(num_warps)(
+            out.shape[0] * HV * (V // BV),
+            (q, k, v, a, b, A_log, dt_bias, state, source, target, gate, weight, out),
+            (),
+            (eps, *qkv_strides, *a.stride(), *b.stride(), *A_log.stride(), *dt_bias.stride(),
+             state_s, *source.stride(), 0 if target is None else target.stride(0), *gate_strides,
+             0 if weight is None else weight.stride(0), *out.stride(), *state_strides, *constants,
+             BV, BP, BK, *rules),
         )  # fmt: skip
 
     return launch

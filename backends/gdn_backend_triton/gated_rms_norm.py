@@ -14,8 +14,9 @@ from gdn_backend_triton.launch import (
     empty_like,
     refuse_gradients,
 )
+from gdn_backend_triton.launches import Launch
 from gdn_backend_triton.maths import silu
-from gdn_backend_triton.overlap import begin, launch_options
+from gdn_backend_triton.overlap import begin
 from gdn_portable.interface import GatedRmsNorm
 from gdn_portable.spec import Device, GdnSpec
 
@@ -34,7 +35,7 @@ def norm_and_gate(x, gate, weight, eps, V: tl.constexpr, SILU: tl.constexpr):
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _gated_rms_norm(
-    x, gate, weight, out, eps, num_rows, x_t, x_h, x_v, gate_t, gate_h, gate_v, out_t, out_h,
+    x, gate, weight, out, num_rows, eps, x_t, x_h, x_v, gate_t, gate_h, gate_v, out_t, out_h,
     out_v, weight_v, HV: tl.constexpr, V: tl.constexpr, HEADS: tl.constexpr, SILU: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +54,7 @@ def _gated_rms_norm(
 def make_gated_rms_norm(spec: GdnSpec, device: Device, *, deterministic: bool) -> GatedRmsNorm:
     """Return the op: one program for a few heads, which reads and writes each value once."""
     HV, V, SILU = spec.num_v_heads, spec.head_v_dim, spec.gate_activation == "silu"
-    options = launch_options(device)
+    kernel = Launch(_gated_rms_norm, device, num_warps=1)
 
     def gated_rms_norm(
         x: Tensor, gate: Tensor, weight: Tensor, *, eps: float = 1e-6, out: Tensor | None = None
@@ -65,9 +66,10 @@ def make_gated_rms_norm(spec: GdnSpec, device: Device, *, deterministic: bool) -
             out = empty_like(x)
         rows = x.shape[0] * HV
         if rows:
-            _gated_rms_norm[(ceil_div(rows, HEADS),)](
-                x, gate, weight, out, eps, rows, *x.stride(), *gate.stride(), *out.stride(),
-                weight.stride(0), HV, V, HEADS, SILU, num_warps=1, **options,
+            kernel(
+                ceil_div(rows, HEADS), (x, gate, weight, out), (rows,),
+                (eps, *x.stride(), *gate.stride(), *out.stride(), weight.stride(0), HV, V, HEADS,
+                 SILU),
             )  # fmt: skip
         return out
 

@@ -15,8 +15,9 @@ from gdn_backend_triton.launch import (
     empty_like,
     refuse_gradients,
 )
+from gdn_backend_triton.launches import Launch
 from gdn_backend_triton.maths import gates
-from gdn_backend_triton.overlap import begin, launch_options
+from gdn_backend_triton.overlap import begin
 from gdn_portable.interface import Gating
 from gdn_portable.spec import Device, GdnSpec
 
@@ -46,16 +47,16 @@ def _gating(
 def make_gating(spec: GdnSpec, device: Device, *, deterministic: bool) -> Gating:
     """Return the op."""
     HV = spec.num_v_heads
-    options = launch_options(device)
+    kernel = Launch(_gating, device, num_warps=2)
 
     def gating(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
         refuse_gradients(a)
         g = empty_like(a, torch.float32)
         beta = empty_like(a, torch.float32)
         if a.numel():
-            _gating[(ceil_div(a.numel(), BLOCK),)](
-                a, b, A_log, dt_bias, g, beta, a.numel(), *a.stride(), *b.stride(),
-                A_log.stride(0), dt_bias.stride(0), HV, BLOCK, num_warps=2, **options,
+            kernel(
+                ceil_div(a.numel(), BLOCK), (a, b, A_log, dt_bias, g, beta), (a.numel(),),
+                (*a.stride(), *b.stride(), A_log.stride(0), dt_bias.stride(0), HV, BLOCK),
             )  # fmt: skip
         return g, beta
 

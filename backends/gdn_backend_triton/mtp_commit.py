@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_backend_triton.launch import STEP_SIZES, STEP_TENSORS, ceil_div
-from gdn_backend_triton.overlap import begin, launch_options
+from gdn_backend_triton.launches import Launch
+from gdn_backend_triton.overlap import begin
 from gdn_backend_triton.taps import strides
 from gdn_backend_triton.trees import fill_parents
 from gdn_portable.interface import MtpCommit
@@ -233,7 +234,8 @@ def make_mtp_commit(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
         spec.conv_dim,
         spec.conv_width,
     )
-    options = launch_options(device)
+    snapshots = Launch(_commit_snapshots, device, num_warps=4)
+    replay = Launch(_commit_replay, device, num_warps=1)
     rows_of_v = min(BV, V)
     states, windows = HV * (V // rows_of_v), ceil_div(D, CHANNELS)
 
@@ -246,12 +248,15 @@ def make_mtp_commit(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
         kept_state = None if state is None else drafts.state
         kept_window = None if window is None else drafts.conv_state
         parts = states * (state is not None), windows * (window is not None)
-        _commit_snapshots[(layers * B * sum(parts),)](
-            state, window, kept_state, kept_window, metadata.state_indices, targets, metadata.rows,
-            last_accepted, B, *_layered(state, 5), *_layered(window, 4), *_layered(kept_state, 6),
-            *_layered(kept_window, 5), metadata.state_indices.stride(0), *strides(targets, 1),
-            *strides(metadata.rows, 1), last_accepted.stride(0), *parts, K, V, D, W, rows_of_v,
-            CHANNELS, spec.pad_slot, num_warps=4, **options,
+        snapshots(
+            layers * B * sum(parts),
+            (state, window, kept_state, kept_window, metadata.state_indices, targets,
+             metadata.rows, last_accepted),
+            (B,),
+            (*_layered(state, 5), *_layered(window, 4), *_layered(kept_state, 6),
+             *_layered(kept_window, 5), metadata.state_indices.stride(0), *strides(targets, 1),
+             *strides(metadata.rows, 1), last_accepted.stride(0), *parts, K, V, D, W, rows_of_v,
+             CHANNELS, spec.pad_slot),
         )  # fmt: skip
 
     def commit_replay(
@@ -261,14 +266,17 @@ def make_mtp_commit(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
         state, window = pool.state, pool.conv_state
         fill_parents(metadata, B)
         parts = states * (state is not None), windows * (window is not None)
-        _commit_replay[(B * sum(parts),)](
-            state, window, drafts.k, drafts.v, drafts.g, drafts.beta, drafts.conv_inputs,
-            metadata.state_indices, targets, metadata.parents, last_accepted, *strides(state, 4),
-            *strides(window, 3), *drafts.k.stride(), *drafts.v.stride(), *drafts.g.stride(),
-            *drafts.beta.stride(), *drafts.conv_inputs.stride(), metadata.state_indices.stride(0),
-            *strides(targets, 1), *strides(metadata.parents, 2), last_accepted.stride(0), *parts,
-            HV // spec.num_k_heads, K, V, D, W, rows_of_v, min(LANES, K), CHANNELS, spec.pad_slot,
-            spec.qk_l2norm, num_warps=1, **options,
+        replay(
+            B * sum(parts),
+            (state, window, drafts.k, drafts.v, drafts.g, drafts.beta, drafts.conv_inputs,
+             metadata.state_indices, targets, metadata.parents, last_accepted),
+            (),
+            (*strides(state, 4), *strides(window, 3), *drafts.k.stride(), *drafts.v.stride(),
+             *drafts.g.stride(), *drafts.beta.stride(), *drafts.conv_inputs.stride(),
+             metadata.state_indices.stride(0), *strides(targets, 1),
+             *strides(metadata.parents, 2), last_accepted.stride(0), *parts,
+             HV // spec.num_k_heads, K, V, D, W, rows_of_v, min(LANES, K), CHANNELS,
+             spec.pad_slot, spec.qk_l2norm),
         )  # fmt: skip
 
     def mtp_commit(

@@ -19,8 +19,9 @@ from gdn_backend_triton.launch import (
     empty_like,
     refuse_gradients,
 )
+from gdn_backend_triton.launches import Launch
 from gdn_backend_triton.maths import gates, rounded
-from gdn_backend_triton.overlap import begin, launch_options
+from gdn_backend_triton.overlap import begin
 from gdn_backend_triton.replay import make_replay, refuse_large_trees
 from gdn_backend_triton.taps import strides
 from gdn_backend_triton.trees import fill_parents
@@ -81,7 +82,7 @@ def _load_draft(q, k, v, a, b, targets, t, end, q_t, k_t, v_t, a_t, b_t, targets
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _recurrent(
     q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted, cu_seqlens, parents, kept,
-    rows, out, scale, B, T, COLUMNS,
+    rows, out, B, T, COLUMNS, scale,
     q_t, q_h, k_t, k_h, v_t, v_h, a_t, a_h, b_t, b_h, A_log_h, dt_bias_h,
     state_s, state_h, state_v, state_k, indices_b, indices_p, accepted_b, cu_b,
     parents_b, parents_p, kept_r, kept_p, kept_h, kept_v, kept_k, rows_b, out_t, out_h, out_v,
@@ -213,7 +214,7 @@ def make_recurrence(spec: GdnSpec, device: Device, *, packed: bool) -> Recurrenc
     starts = (H * K, 2 * H * K) if packed else (0, 0)
     rows, warps = TILES.get(device.arch, TILES[device.kind])
     rows = min(max(rows * 128 // max(K, 128), 1), V)
-    options = launch_options(device)
+    kernel = Launch(_recurrent, device, num_warps=warps, num_stages=1)
 
     def recurrence(
         q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
@@ -234,15 +235,16 @@ def make_recurrence(spec: GdnSpec, device: Device, *, packed: bool) -> Recurrenc
         kept = None if drafts is None else drafts.state
         kept_rows = None if kept is None else metadata.rows
         accepted = metadata.num_accepted if kept is None else None
-        _recurrent[(sequences * HV * (V // rows),)](
-            q, k, v, a, b, A_log, dt_bias, state, indices, accepted, cu, parents, kept,
-            kept_rows, out, spec.q_scale, B, v.shape[0], indices.shape[-1],
-            *qkv, *a.stride(), *b.stride(), A_log.stride(0), dt_bias.stride(0), *state.stride(),
-            indices.stride(0), 0 if kept is not None else indices.stride(1),
-            *strides(accepted, 1), *strides(cu, 1), *strides(parents, 2), *strides(kept, 5),
-            *strides(kept_rows, 1), *out.stride(),
-            H, HV, K, V, P, rows, spec.pad_slot, spec.qk_l2norm, packed,
-            *starts, num_warps=warps, num_stages=1, **options,
+        kernel(
+            sequences * HV * (V // rows),
+            (q, k, v, a, b, A_log, dt_bias, state, indices, accepted, cu, parents, kept, kept_rows,
+             out),
+            (B, v.shape[0], indices.shape[-1]),
+            (spec.q_scale, *qkv, *a.stride(), *b.stride(), A_log.stride(0), dt_bias.stride(0),
+             *state.stride(), indices.stride(0), 0 if kept is not None else indices.stride(1),
+             *strides(accepted, 1), *strides(cu, 1), *strides(parents, 2), *strides(kept, 5),
+             *strides(kept_rows, 1), *out.stride(), H, HV, K, V, P, rows, spec.pad_slot,
+             spec.qk_l2norm, packed, *starts),
         )  # fmt: skip
 
     return recurrence

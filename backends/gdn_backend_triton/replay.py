@@ -32,8 +32,8 @@ from gdn_backend_triton.launch import (
     ceil_div,
     power_of_two,
 )
+from gdn_backend_triton.launches import Launch
 from gdn_backend_triton.maths import rounded, upper_half
-from gdn_backend_triton.overlap import launch_options
 from gdn_backend_triton.replay_inputs import place, prepare
 from gdn_backend_triton.taps import strides
 from gdn_portable.errors import InputError
@@ -282,7 +282,12 @@ def make_replay(spec: GdnSpec, device: Device, *, deterministic: bool) -> Callab
     tiles = by_itemsize[4 if spec.state_dtype is torch.float32 else 2]
     terms, update_terms = _terms(spec, device)
     precision = "tf32x3" if device.kind == "cuda" else "ieee"
-    options = launch_options(device)
+    prepare_kernel = functools.cache(
+        lambda R: Launch(prepare, device, num_warps=prepare_warps if R == 16 else 8, num_stages=1)
+    )
+    replay_kernel = functools.cache(
+        lambda warps: Launch(_replay, device, num_warps=warps, num_stages=1)
+    )
     parts = H + ceil_div(HV * V, 2 * K)
     group = power_of_two(HV // H)
 
@@ -316,21 +321,25 @@ def make_replay(spec: GdnSpec, device: Device, *, deterministic: bool) -> Callab
         if convolution is not None:
             qkv = (q.stride(0), 0, 0, 0, 0, 0, q.stride(1))
         if B:
-            prepare[(B * parts,)](
-                q, k, v, weight, bias, conv_state, drafts.conv_inputs, a, b, A_log, dt_bias,
-                indices, accepted, cu, parents, drafts.k, drafts.v, drafts.g, drafts.beta, X,
-                values, solution, spec.q_scale, B, T, *qkv, *strides(weight, 2),
-                *strides(bias, 1), *strides(conv_state, 3), *drafts.conv_inputs.stride(),
-                *a.stride(), *b.stride(), A_log.stride(0), dt_bias.stride(0), *batch,
-                *strides(parents, 2), *drafts.k.stride(), *drafts.v.stride(), *drafts.g.stride(),
-                *drafts.beta.stride(), H, HV, K, V, W, *sizes, power_of_two(P), group, size,
-                width, PAD, spec.qk_l2norm, spec.activation == "silu", precision,
-                num_warps=prepare_warps if R == 16 else 8, num_stages=1, **options,
+            prepare_kernel(R)(
+                B * parts,
+                (q, k, v, weight, bias, conv_state, drafts.conv_inputs, a, b, A_log, dt_bias,
+                 indices, accepted, cu, parents, drafts.k, drafts.v, drafts.g, drafts.beta, X,
+                 values, solution),
+                (B, T),
+                (spec.q_scale, *qkv, *strides(weight, 2), *strides(bias, 1),
+                 *strides(conv_state, 3), *drafts.conv_inputs.stride(), *a.stride(), *b.stride(),
+                 A_log.stride(0), dt_bias.stride(0), *batch, *strides(parents, 2),
+                 *drafts.k.stride(), *drafts.v.stride(), *drafts.g.stride(),
+                 *drafts.beta.stride(), H, HV, K, V, W, *sizes, power_of_two(P), group, size,
+                 width, PAD, spec.qk_l2norm, spec.activation == "silu", precision),
             )  # fmt: skip
-        _replay[(sequences * HV * (V // rows),)](
-            state, indices, accepted, cu, X, values, solution, out, B, T, *state.stride(), *batch,
-            *out.stride(), H, HV, K, V, *sizes, rows, chunk, size, width, PAD, terms,
-            update_terms, precision, num_warps=warps, num_stages=1, **options,
+        replay_kernel(warps)(
+            sequences * HV * (V // rows),
+            (state, indices, accepted, cu, X, values, solution, out),
+            (B, T),
+            (*state.stride(), *batch, *out.stride(), H, HV, K, V, *sizes, rows, chunk, size, width,
+             PAD, terms, update_terms, precision),
         )  # fmt: skip
 
     return launch

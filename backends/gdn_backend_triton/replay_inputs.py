@@ -198,7 +198,7 @@ def _solve(
 def prepare(
     q, k, v, weight, bias, conv_state, conv_inputs, a, b, A_log, dt_bias, state_indices,
     num_accepted, cu_seqlens, parents, kept_k, kept_v, kept_g, kept_beta, rows_of_X, values,
-    solution, scale, B, T,
+    solution, B, T, scale,
     q_t, q_h, k_t, k_h, v_t, v_h, q_d, weight_d, weight_w, bias_d, conv_s, conv_d, conv_l,
     inputs_s, inputs_p, inputs_d, a_t, a_h, b_t, b_h, A_log_h, dt_bias_h,
     indices_b, accepted_b, cu_b, parents_b, parents_p, kept_k_s, kept_k_p, kept_k_h, kept_k_k,

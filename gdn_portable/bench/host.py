@@ -67,7 +67,7 @@ def _rows(case: Case, plan: Plan) -> Iterator[HostRow]:
     rotation.refresh()
     for contender in contenders(case, plan.device, plan.kernels):
         call = contender.prepare(rotation.batches[0])
-        call()
+        # the first call: a kernel may remember what Triton found for it
         launches = triton_launches(call)
         bare = host_time(partial(_launch, launches), plan) if launches else None
         yield HostRow(
