@@ -171,7 +171,7 @@ def test_keys_that_are_no_unit_vectors_stay_as_they_are() -> None:
 
 def test_what_a_finished_front_end_gives_is_taken_as_it_is() -> None:
     from gdn_backend_cuda.flashinfer_prefill import make_rule
-    from gdn_backend_cuda.prefill_slots import Given, Placed
+    from gdn_backend_cuda.prefill_slots import Given, Placed, placing
 
     # the interpreter rounds to float16 as a GPU does, and cuts bfloat16 off
     spec, rng = replace(RATIO_3, num_k_heads=2, num_v_heads=6), generator()
@@ -185,7 +185,7 @@ def test_what_a_finished_front_end_gives_is_taken_as_it_is() -> None:
 
     placed = Placed(
         q, k, g, beta, states[0], v.clone(), metadata=metadata, given=Given.RAW, has_targets=True,
-        pad=spec.pad_slot, device=DEVICE,
+        pad=spec.pad_slot, launch=placing(DEVICE, Given.RAW),
     )  # fmt: skip
     ready = placed.q, placed.k, v, placed.alpha, placed.beta
     want = raw(q, k, v, g, beta, states[1], metadata=metadata)

@@ -290,10 +290,19 @@ def test_the_launches_of_a_call_are_found_and_made_again(monkeypatch: pytest.Mon
     assert made == [((1, 2), (3,), {"num_warps": 4}), ((7,), (5,), {})] * 2
 
 
-def test_host_time_is_the_median_of_rounds() -> None:
-    ticks = iter([0.0, 1.0, 5.0, 8.0, 10.0, 11.0, 20.0, 22.0, 30.0, 31.0, 40.0, 41.0, 50.0, 59.0])
+def test_host_times_are_those_of_the_fastest_rounds_of_calls_that_take_turns() -> None:
+    durations = iter([3.0, 9.0, 2.0, 5.0, 1.0, 4.0, 2.0, 8.0, 6.0, 7.0, 5.0, 6.0, 4.0, 5.0])
+    clock, called = [0.0], []
 
-    assert host.host_time(lambda: None, plan_of(), now=lambda: next(ticks), calls=10) == 1e5
+    def run(name: str) -> None:
+        called.append(name)
+        clock[0] += next(durations)
+
+    runs = [lambda: run("call"), lambda: run("launches")]
+    times = host.host_times(runs, plan_of(), now=lambda: clock[0], calls=1)
+
+    assert called == ["call", "launches"] * host.ROUNDS
+    assert times == [1e6, 4e6]
 
 
 def test_a_timing_is_wide_when_its_replays_differ() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gdn_backend_cuda.checkpoints import gather, keep
 from gdn_backend_cuda.flashinfer_probe import PREFILL, load, parameters
-from gdn_backend_cuda.prefill_slots import EVERY, Given, Placed
+from gdn_backend_cuda.prefill_slots import EVERY, Given, Placed, placing
 from gdn_backend_cuda.slots import kernel_output, packed
 from gdn_portable.interface import ChunkPrefill
 from gdn_portable.metadata import PrefillMetadata
@@ -53,6 +53,7 @@ def make_rule(spec: GdnSpec, device: Device, given: Given, *, use_cp: bool) -> C
     """
     launch = load(PREFILL)
     takes_length = "max_seqlen" in parameters(launch)
+    launch_place = placing(device, given)
     has_targets = "output_state_indices" in parameters(launch) and not use_cp
 
     def run(*, q: Tensor, max_seqlen: int, **arguments: object) -> None:
@@ -88,7 +89,7 @@ def make_rule(spec: GdnSpec, device: Device, given: Given, *, use_cp: bool) -> C
         v = packed(v)
         placed = Placed(
             q, k, g, beta, state, o, metadata=metadata, given=given,
-            has_targets=has_targets, pad=spec.pad_slot, device=device,
+            has_targets=has_targets, pad=spec.pad_slot, launch=launch_place,
         )  # fmt: skip
         if not T:
             return result

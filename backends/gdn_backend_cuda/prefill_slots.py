@@ -19,8 +19,9 @@ import torch
 import triton
 import triton.language as tl
 from gdn_backend_triton.launch import STEP_SIZES, STEP_TENSORS, ceil_div, power_of_two
+from gdn_backend_triton.launches import Launch
 from gdn_backend_triton.maths import correction
-from gdn_backend_triton.overlap import begin, launch_options
+from gdn_backend_triton.overlap import begin
 from gdn_backend_triton.sequences import sequence_of
 from gdn_backend_triton.taps import strides
 from torch import Tensor
@@ -233,6 +234,11 @@ def _place(
                 tl.store(kept + row * (V * K) + o_v * K + o_k, value.to(tl.float32))
 
 
+def placing(device: Device, given: Given) -> Launch:
+    """Return what launches the kernel behind :class:`Placed`."""
+    return Launch(_place, device, num_warps=TILES[given].warps)
+
+
 class Placed:
     """A batch as FlashInfer may be given it; the pool's rows hold what sequences start from.
 
@@ -268,7 +274,7 @@ class Placed:
         given: Given,
         has_targets: bool,
         pad: int,
-        device: Device,
+        launch: Launch,
     ) -> None:
         """Make it, in one launch, which writes zeros to the outputs of nobody as well.
 
@@ -283,7 +289,7 @@ class Placed:
             given: what q, k, g and beta are.
             has_targets: whether rows to read and rows to write are two lists.
             pad: an index at or below it is padding.
-            device: where.
+            launch: of ``placing``.
         """
         (T, HV), N = g.shape, len(metadata.cu_seqlens) - 1
         V, K = state.shape[2:]
@@ -308,7 +314,8 @@ class Placed:
             alpha = torch.empty((T, HV), dtype=torch.float32, device=g.device)
             self.alpha, self.beta = alpha, torch.empty_like(alpha)
         self.cu_seqlens, self.slots = integers(N + 2), integers(N + 1)
-        self.targets = self.own = self.kept = self.starts = first = None
+        self.targets = self.own = self.kept = self.starts = None
+        first = 0
         if checkpoints is not None:
             rows = T // EVERY + N + 1
             self.kept = torch.empty((rows, HV, V, K), dtype=torch.float32, device=g.device)
@@ -323,15 +330,17 @@ class Placed:
         if written is None and fresh is None and checkpoints is None:
             filled = 0 if has_targets else 1
         programs += filled * HV * (V // FILLED.value)
-        _place[(programs,)](
-            queries, keys, self.q, self.k, g, beta, alpha, self.beta, o, metadata.cu_seqlens,
-            metadata.state_indices, written, fresh, checkpoints, self.cu_seqlens, self.slots,
-            self.targets, self.starts, state, self.kept, T, N, first, *strides(queries, 3)[:2],
-            *strides(keys, 3)[:2], *g.stride(), *beta.stride(), metadata.cu_seqlens.stride(0),
-            metadata.state_indices.stride(0), *strides(written, 1), *strides(fresh, 1),
-            *strides(checkpoints, 1), *state.stride()[:3], H, HV, K, V, pad, EVERY,
-            tile.rows, power_of_two(HV // H), SEQUENCES, CLEARED, num_warps=tile.warps,
-            **launch_options(device),
+        cu_seqlens, slots = metadata.cu_seqlens, metadata.state_indices
+        launch(
+            programs,
+            (queries, keys, self.q, self.k, g, beta, alpha, self.beta, o, cu_seqlens, slots,
+             written, fresh, checkpoints, self.cu_seqlens, self.slots, self.targets, self.starts,
+             state, self.kept),
+            (T, N, first),
+            (*strides(queries, 3)[:2], *strides(keys, 3)[:2], *g.stride(), *beta.stride(),
+             cu_seqlens.stride(0), slots.stride(0), *strides(written, 1), *strides(fresh, 1),
+             *strides(checkpoints, 1), *state.stride()[:3], H, HV, K, V, pad, EVERY, tile.rows,
+             power_of_two(HV // H), SEQUENCES, CLEARED),
         )  # fmt: skip
 
 
