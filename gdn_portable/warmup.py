@@ -27,6 +27,7 @@ from gdn_portable.state import StatePool
 from gdn_portable.steps import split_qkv
 
 SHORT = 64  # tokens of a prefill that no kernel cuts into segments
+HEADS = 128  # of value, of all sequences of a batch, that fill any device
 INDEX_DTYPES = {"int32": torch.int32, "int64": torch.int64}
 
 
@@ -67,12 +68,17 @@ class _Calls:
     dtype: torch.dtype
 
     def prefill(self, tokens: int) -> None:
-        """Run a prefill and a short one, from old states and new, and with states kept."""
-        pool, slots = self._pool(3), self._slots(1)
-        for length in sorted({tokens, min(tokens, SHORT)}):
-            cu_seqlens = torch.tensor([0, length], dtype=self.dtype)
+        """Run a prefill, a short one and many, from old states and new, and with states kept."""
+        pool = self._pool(3)
+        many = -(-HEADS // self.spec.num_v_heads)
+        batches = [(length, self._slots(1)) for length in sorted({tokens, min(tokens, SHORT)})]
+        # of padding, which needs no pool
+        batches.append((many, torch.full((many,), self.spec.pad_slot, dtype=self.dtype)))
+        for length, slots in batches:
+            N = len(slots)
+            cu_seqlens = torch.arange(0, length + 1, length // N, dtype=self.dtype)
             plain = PrefillMetadata(cu_seqlens, slots)
-            fresh = replace(plain, has_initial_state=torch.tensor([True]))
+            fresh = replace(plain, has_initial_state=torch.ones(N, dtype=torch.bool))
             kept = replace(
                 fresh,
                 out_state_indices=slots + 1,

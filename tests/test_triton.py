@@ -28,6 +28,7 @@ from gdn_portable import (
     bind,
 )
 from gdn_portable.testing import Case
+from gdn_portable.warmup import warmup
 from tests import calls
 from tests.calls import (
     CASES,
@@ -398,6 +399,113 @@ def test_a_long_prefill_with_states_held_v_first(amd_gpu: Simulator, v_first: Gd
     check("chunk_prefill", long_prefill(v_first), v_first)
 
     assert "_bridge" in [launch.kernel for launch in amd_gpu.launches]
+
+
+def test_a_prefill_of_short_sequences_takes_half_heads(
+    amd_gpu: Simulator, v_first: GdnSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gdn_backend_triton import chunk_prefill as module
+
+    monkeypatch.setitem(module.V_FIRST_TILES, "gfx942", module.Tile(128, 8, 1, 132))
+    monkeypatch.setattr(module, "HALF_TILES", {"gfx942": module.TILES["sm90"]})
+    spec = replace(v_first, head_v_dim=128)
+
+    check("chunk_prefill", call_of("chunk_prefill", spec), spec)
+
+    (scan,) = [launch for launch in amd_gpu.launches if launch.kernel == "_scan"]
+    assert scan.num_warps == 4
+
+
+@pytest.mark.parametrize(
+    ("lengths", "known", "deterministic", "warps"),
+    [
+        ([576], False, False, 4),
+        ([577], False, False, 8),
+        ([1000] * 8, True, False, 4),
+        ([1000] * 8, False, False, 8),
+        ([4, 577], True, False, 8),
+        ([1600] * 8, True, False, 8),
+        ([100] * 9, True, False, 8),
+        ([100], True, True, 8),
+    ],
+    ids=[
+        "short",
+        "long for a segment of 4 chunks",
+        "known",
+        "unknown",
+        "one is long",
+        "all are long",
+        "too many",
+        "deterministic",
+    ],
+)
+def test_half_heads_are_for_few_sequences_that_are_known_to_be_short(
+    monkeypatch: pytest.MonkeyPatch,
+    lengths: list[int],
+    known: bool,
+    deterministic: bool,
+    warps: int,
+) -> None:
+    module = pytest.importorskip("gdn_backend_triton.launches")
+    launched: dict[str, int] = {}
+
+    def record(launch: Any, *_: object) -> None:
+        launched[launch._kernel.__name__] = launch._options["num_warps"]
+
+    monkeypatch.setattr(module.Launch, "__call__", record)
+    spec = replace(
+        SPEC, num_k_heads=2, num_v_heads=8, head_k_dim=128, head_v_dim=128, dtype=torch.bfloat16
+    )
+    prefill = bind(
+        spec, Device("cuda", "sm90"), backend="triton", deterministic=deterministic, check=False
+    ).chunk_prefill
+    T = sum(lengths)
+    metadata = PrefillMetadata(
+        torch.tensor([0, *lengths]).cumsum(0).int(),
+        torch.arange(len(lengths)),
+        seq_lens_cpu=lengths if known else None,
+    )
+    qk, v, g = torch.empty(T, 2, 128), torch.empty(T, 8, 128), torch.empty(T, 8)
+
+    prefill(
+        qk.bfloat16(), qk.bfloat16(), v.bfloat16(), g, g, torch.empty(9, 8, 128, 128),
+        metadata=metadata,
+    )  # fmt: skip
+
+    assert launched["_scan"] == warps
+    assert "_bridge" not in launched or warps == 8
+
+
+def test_warmup_launches_every_tile_of_a_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip("gdn_backend_triton.launches")
+    launched: set[tuple[object, ...]] = set()
+
+    def record(launch: Any, _: int, __: object, ___: object, numbers: tuple[object, ...]) -> None:
+        if launch._kernel.__name__ == "_scan":
+            # the last 12 are its constants
+            launched.add((*launch._options.items(), *numbers[-12:]))
+
+    monkeypatch.setattr(module.Launch, "__call__", record)
+    spec = replace(
+        SPEC, num_k_heads=1, num_v_heads=8, head_k_dim=128, head_v_dim=128, dtype=torch.bfloat16
+    )
+    ops = bind(spec, Device("cuda", "sm90"), backend="triton", check=False)
+    launchers = {op: getattr(ops, op.value) for op in Op}
+    warmup(spec, Device("cpu"), launchers, batch_sizes=(), prefill_tokens=(2048,), max_drafts=0)
+    warmed, tiles = set(launched), []
+
+    for lengths in ([64], [576], [2048], [1000] * 8, [100] * 16, [2000] * 16):
+        launched.clear()
+        tokens, N = sum(lengths), len(lengths)
+        q, v = torch.empty(tokens, 1, 128).bfloat16(), torch.empty(tokens, 8, 128).bfloat16()
+        g, state = torch.empty(tokens, 8), torch.empty(1, 8, 128, 128)
+        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        metadata = PrefillMetadata(offsets, torch.arange(N), seq_lens_cpu=lengths)
+        ops.chunk_prefill(q, q, v, g, g, state, metadata=metadata)
+        tiles += launched
+
+    assert len(set(tiles)) == 3
+    assert set(tiles) <= warmed
 
 
 @pytest.mark.parametrize("case", ["gating", "gated_rms_norm", *DECODES, *PREFILLS, *VERIFIES])

@@ -66,6 +66,9 @@ TILES = {
 # of a state held as [BV, K]: what one product leaves in registers is an operand of the next there,
 # and only there: elsewhere registers spill (an H200 takes 3.3 us per chunk, 5.1 as [K, BV])
 V_FIRST_TILES = {"sm90": Tile(BV=128, warps=8, stages=3, programs=132)}
+# of short sequences, where half heads do not fill the device
+HALF_TILES = {"sm90": Tile(BV=64, warps=4, stages=3, programs=132)}
+LONGEST = 24  # chunks of such a sequence
 # of wide rows of 16-bit numbers: a tile of 64 columns takes wgmma, and eight warps hold its state;
 # chosen by what spills, 280 bytes a thread where 32 columns and two warps spill 1600, not by time
 WIDE_TILES = {
@@ -505,6 +508,22 @@ def _segment(tokens: int, sequences: int, programs: int, tile: Tile) -> int:
     return segment if segment < tokens else 0
 
 
+def _is_short(metadata: PrefillMetadata, tokens: int, segment: int) -> bool:
+    """Return whether walking the longest sequence uncut takes less than making maps and segments.
+
+    Args:
+        metadata: the batch; without lengths on the host one sequence may have all tokens.
+        tokens: T.
+        segment: tokens of a segment, 0 where sequences would not be cut either.
+    """
+    lengths = metadata.seq_lens_cpu
+    longest = tokens if lengths is None else max(lengths, default=0)
+    # an H200 takes 5.2 us for each chunk of a segment, bridge included, where it takes 2.3 for one
+    # of a half head
+    most = min(segment * 9 // 4, LONGEST * int(CHUNK.value)) if segment else tokens
+    return longest <= most
+
+
 def _pick_tile(spec: GdnSpec, device: Device) -> tuple[Tile, bool]:
     """Return the tile, its BV and warps cut to the heads, and whether the state is held V first."""
     K, V = spec.head_k_dim, spec.head_v_dim
@@ -527,6 +546,28 @@ def _pick_tile(spec: GdnSpec, device: Device) -> tuple[Tile, bool]:
     return tile._replace(BV=BV, warps=2 if narrow else tile.warps), False
 
 
+class Scan(NamedTuple):
+    """The scan with one tile."""
+
+    BV: int
+    programs: int  # that fill the device
+    plain: Launch
+    keeping: Launch  # checkpoints
+
+    def fits(self, rows: int) -> bool:
+        """Return whether programs that own that many rows of states run at once."""
+        return rows <= self.BV * self.programs
+
+    @classmethod
+    def make(cls, device: Device, tile: Tile, options: Mapping[str, int]) -> Scan:
+        """Make it, with options beside the tile's."""
+        given = {**options, "num_warps": tile.warps}
+        plain = Launch(_scan, device, **given, num_stages=tile.stages)
+        # beside what a checkpoint passes through there is room for two stages
+        keeping = Launch(_scan, device, **given, num_stages=min(tile.stages, 2))
+        return cls(tile.BV, tile.programs, plain, keeping)
+
+
 def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -> ChunkPrefill:
     """Return the op; ``deterministic`` never cuts sequences, as where depends on the batch."""
     H, HV, K, V = spec.num_k_heads, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
@@ -537,13 +578,14 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
     alone = {"num_stages": 1, **tile.options}
     launch_attend = Launch(attend, device, **alone, num_warps=min(tile.warps, 4))
     launch_invert = Launch(invert, device, **alone, num_warps=1)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, **tile.options}
+    options = {**tile.options}
     if device.kind == "rocm" and LOW and K <= 128 and not V_FIRST:
         options |= TWO_PROGRAMS
-    launch_bridge = Launch(_bridge, device, **options)
-    launch_scan = Launch(_scan, device, **options)
-    # beside what a checkpoint passes through there is room for two stages
-    launch_keeping = Launch(_scan, device, **{**options, "num_stages": min(tile.stages, 2)})
+    launch_bridge = Launch(_bridge, device, **options, num_warps=tile.warps, num_stages=tile.stages)
+    whole = Scan.make(device, tile, options)
+    half, half_tile = None, HALF_TILES.get(device.arch)
+    if V_FIRST and half_tile is not None and half_tile.BV < BV and not deterministic:
+        half = Scan.make(device, half_tile, {})
     # while updates are computed, queries of wide float32 heads would take registers that spill then
     Q_LAST = device.kind == "rocm" and not LOW and K > 128
     PRECISION = "ieee" if device.kind == "rocm" or LOW else "tf32x3"
@@ -592,7 +634,9 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
         q_s, k_s, v_s = q.stride(), k.stride(), v.stride()
         beta_s, state_s = beta.stride(), state.stride()
         cu_s, slots_s, fresh_s = cu_seqlens.stride(0), slots.stride(0), strides(fresh, 1)
-        segment = 0 if never_cut else _segment(T, N, HV * (V // BV), tile)
+        scan, segment = whole, 0 if never_cut else _segment(T, N, HV * (V // BV), tile)
+        if half and half.fits(N * HV * V) and _is_short(metadata, T, segment):
+            scan, segment = half, 0
         bounds = scratch(places * HV) if segment and not L2NORM else None
         launch_attend(
             places * H,
@@ -624,15 +668,15 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
                 (*state_s, cu_s, slots_s, *fresh_s, *k_s, *v_s, H, HV, K, V, BV, BK, PAD, V_FIRST,
                  PRECISION),
             )  # fmt: skip
-        launch = launch_scan if offsets is None else launch_keeping
+        launch = scan.plain if offsets is None else scan.keeping
         launch(
-            pieces * HV * (V // BV),
+            pieces * HV * (V // scan.BV),
             (q, k, v, state, attention, inverse, factors, decay_low, k_factor, bounds, initial,
              add, high, low, out, kept, cu_seqlens, slots, fresh, targets, offsets, rows),
             (N, T, segment or T + C, warm_up),
             (*state_s, *kept.stride(), cu_s, slots_s, *fresh_s, *strides(targets, 1),
              *strides(offsets, 1), *strides(rows, 1), *q_s, *k_s, *v_s, *out.stride(), H, HV, K, V,
-             BV, bool(segment), kept_pad, L2NORM, PAD, V_FIRST, Q_LAST, PRECISION),
+             scan.BV, bool(segment), kept_pad, L2NORM, PAD, V_FIRST, Q_LAST, PRECISION),
         )  # fmt: skip
         return out
 
