@@ -21,6 +21,7 @@ from tests.fakes import backend_of, install, kernel_of, reference_kernel
 
 # the package has the command under the name of its module
 verify = importlib.import_module("gdn_portable.cli.verify")
+conformance = importlib.import_module("gdn_portable.cli.conformance")
 LAST = "rule of decode of zero keys"
 DECODES = ("--layer", "fp32", "--op", "recurrent_decode")
 
@@ -95,10 +96,10 @@ def test_what_a_process_finds_before_it_loses_the_device_is_reported(
     def look_after(target: torch.device) -> None:
         raise verify.DeviceLostError("it fell off")
 
-    monkeypatch.setattr(verify, "_look_after", look_after)
+    monkeypatch.setattr(conformance, "_look_after", look_after)
     name = _backend(monkeypatch, lambda *args, **kwargs: _right(*args, **kwargs).mul_(1.01))
 
-    outcome, loss = verify._run_apart("fp32", "rule of decode", torch.device("cpu"), name)
+    outcome, loss = conformance._run_apart("fp32", "rule of decode", torch.device("cpu"), name)
 
     assert "output is off by" in outcome.failure
     assert loss == "it fell off"
@@ -107,7 +108,7 @@ def test_what_a_process_finds_before_it_loses_the_device_is_reported(
 def test_a_process_that_dies_ends_the_run(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "_prepare_worker", _dies)
+    monkeypatch.setattr(conformance, "_prepare_worker", _dies)
 
     outcome = command("verify", "--device", "cpu", *DECODES, "--jobs", "2", "--json")
 
@@ -209,7 +210,7 @@ def test_what_was_run_before_the_end_is_reported(
     def look_after(target: torch.device) -> None:
         raise end
 
-    monkeypatch.setattr(verify, "_look_after", look_after)
+    monkeypatch.setattr(conformance, "_look_after", look_after)
     calls = SimpleNamespace(count=0)
 
     def second_fails(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -16,9 +16,10 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
-from gdn_backend_triton.overlap import launch_options
+from gdn_backend_triton.launch import FP_FUSION
 from gdn_portable.spec import Device
 
+HOPPER = 90  # is the first that can start a kernel early
 ALIGNMENT = 16  # bytes, of what Triton loads in whole vectors
 MOST = 512  # that are kept: strides may be other ones in every step
 
@@ -39,12 +40,16 @@ class Launch:
             device: where.
             options: that Triton takes, beside those of every launch.
         """
-        given = launch_options(device)
-        if kernel.arg_names[-1] != "OVERLAPS":
-            given = {"enable_fp_fusion": given["enable_fp_fusion"]}
+        overlaps = device.kind == "cuda" and int(device.arch.removeprefix("sm")) >= HOPPER
         self._kernel = kernel
-        self._options = given | options
-        self._last = (given["OVERLAPS"],) if "OVERLAPS" in given else ()
+        self._options = {"enable_fp_fusion": FP_FUSION, **options}
+        self._last: tuple[bool, ...] = ()
+        if kernel.arg_names[-1] == "OVERLAPS":
+            self._last = (overlaps,)
+            self._options["OVERLAPS"] = overlaps
+            if overlaps:
+                # a keyword that only NVIDIA's compiler knows
+                self._options["launch_pdl"] = True
         # AMD's compiler addresses what lies in less than 2 GiB another way
         self._asks_for_storage = device.kind == "rocm"
         self._known: dict[tuple[object, ...], Any] = {}

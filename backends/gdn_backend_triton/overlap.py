@@ -9,21 +9,8 @@ them ends without having waited, or what is launched behind could start too soon
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
-
-from gdn_backend_triton.launch import FP_FUSION
-from gdn_portable.spec import Device
-
-
-def launch_options(device: Device) -> dict[str, Any]:
-    """Return those of every launch of a kernel that waits where OVERLAPS, its last parameter."""
-    overlaps = device.kind == "cuda" and int(device.arch.removeprefix("sm")) >= 90
-    options: dict[str, Any] = {"OVERLAPS": overlaps, "enable_fp_fusion": FP_FUSION}
-    # a keyword that only NVIDIA's compiler knows
-    return options | {"launch_pdl": True} if overlaps else options
 
 
 @triton.jit
