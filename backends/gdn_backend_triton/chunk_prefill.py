@@ -517,7 +517,7 @@ def _is_short(metadata: PrefillMetadata, tokens: int, segment: int) -> bool:
         segment: tokens of a segment, 0 where sequences would not be cut either.
     """
     lengths = metadata.seq_lens_cpu
-    longest = tokens if lengths is None else max(lengths, default=0)
+    longest = tokens if lengths is None else int(max(lengths, default=0))
     # an H200 takes 5.2 us for each chunk of a segment, bridge included, where it takes 2.3 for one
     # of a half head
     most = min(segment * 9 // 4, LONGEST * int(CHUNK.value)) if segment else tokens
