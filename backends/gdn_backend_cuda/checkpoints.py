@@ -11,11 +11,13 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from gdn_backend_triton.launch import FP_FUSION, STEP_SIZES, STEP_TENSORS
+from gdn_backend_triton.launch import STEP_SIZES, STEP_TENSORS, power_of_two
+from gdn_backend_triton.launches import Launch
 from torch import Tensor
 
 from gdn_backend_cuda.prefill_slots import EVERY, FILLED, Placed, first_row
 from gdn_portable.metadata import PrefillMetadata
+from gdn_portable.spec import Device
 
 TOKENS = 16  # that a program gathers
 BEHIND = 64  # rows behind the last token that a chunk's products take, times zero
@@ -42,8 +44,8 @@ def _left(
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _gather(
     k, v, alpha, beta, left_k, left_v, left_alpha, left_beta, offsets, slots, cu_seqlens,
-    state_indices, checkpoint_offsets, checkpoint_indices, N, cu_s, indices_s, offsets_s, rows_s,
-    num_rows, HK: tl.constexpr, HVV: tl.constexpr, HV: tl.constexpr, WIDTH: tl.constexpr,
+    state_indices, checkpoint_offsets, checkpoint_indices, N, num_rows, cu_s, indices_s, offsets_s,
+    rows_s, HK: tl.constexpr, HVV: tl.constexpr, HV: tl.constexpr, WIDTH: tl.constexpr,
     HEADS: tl.constexpr, PAD: tl.constexpr, KEPT_PAD: tl.constexpr, EVERY: tl.constexpr,
     TOKENS: tl.constexpr, SEQUENCES: tl.constexpr, BLOCKS: tl.constexpr,
     BEHIND: tl.constexpr,
@@ -130,48 +132,72 @@ class Left(NamedTuple):
     slots: Tensor
 
 
-def gather(v: Tensor, placed: Placed, metadata: PrefillMetadata, pads: tuple[int, int]) -> Left:
-    """Return them. A chunk of k and v behind the last is zeros.
+class Keeping(NamedTuple):
+    """The launches that keep checkpoints."""
 
-    Args:
-        v: [T, HV, V] contiguous.
-        placed: the batch that was run.
-        metadata: of that batch.
-        pads: padding among slots, and among the rows that checkpoints go to.
-    """
-    k, N = placed.k, len(metadata.cu_seqlens) - 1
-    (T, HV, V), (H, K) = v.shape, k.shape[1:]
-    rows = min(N * EVERY, T)
+    gather_left: Launch
+    keep_states: Launch
 
-    def like(x: Tensor) -> Tensor:
-        return torch.empty((rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
+    @classmethod
+    def of(cls, device: Device) -> Keeping:
+        """Make them for a device."""
+        return cls(Launch(_gather, device, num_warps=4), Launch(_keep, device, num_warps=4))
 
-    offsets, slots = (placed.slots.new_empty(count) for count in (N + 1, N))
-    left = Left(like(k), like(v), like(placed.beta), like(placed.beta), offsets, slots)
-    _gather[(N * BLOCKS,)](
-        k, v, placed.alpha, placed.beta, *left, *_batch(metadata, N), rows, H * K, HV * V, HV,
-        256, triton.next_power_of_2(HV), *pads, EVERY, TOKENS, SEQUENCES, BLOCKS, BEHIND,
-        num_warps=4, enable_fp_fusion=FP_FUSION,
-    )  # fmt: skip
-    return left
+    def gather(
+        self, v: Tensor, placed: Placed, metadata: PrefillMetadata, pads: tuple[int, int]
+    ) -> Left:
+        """Return the tokens that are left. A chunk of k and v behind the last is zeros.
+
+        Args:
+            v: [T, HV, V] contiguous.
+            placed: the batch that was run.
+            metadata: of that batch.
+            pads: padding among slots, and among the rows that checkpoints go to.
+        """
+        k, N = placed.k, len(metadata.cu_seqlens) - 1
+        (T, HV, V), (H, K) = v.shape, k.shape[1:]
+        rows = min(N * EVERY, T)
+
+        def like(x: Tensor) -> Tensor:
+            return torch.empty((rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
+
+        offsets, slots = (placed.slots.new_empty(count) for count in (N + 1, N))
+        left = Left(like(k), like(v), like(placed.beta), like(placed.beta), offsets, slots)
+        tensors, strides = _batch(metadata)
+        self.gather_left(
+            N * BLOCKS,
+            (k, v, placed.alpha, placed.beta, *left, *tensors),
+            (N, rows),
+            (*strides, H * K, HV * V, HV, 256, power_of_two(HV), *pads, EVERY, TOKENS, SEQUENCES,
+             BLOCKS, BEHIND),
+        )  # fmt: skip
+        return left
+
+    def keep(
+        self,
+        kept: Tensor,
+        slots: Tensor,
+        out: Tensor,
+        metadata: PrefillMetadata,
+        pads: tuple[int, int],
+    ) -> None:
+        """Copy the states at the checkpoints to their rows of ``out``."""
+        N, (HV, V, K) = len(metadata.cu_seqlens) - 1, kept.shape[1:]
+        tensors, strides = _batch(metadata)
+        self.keep_states(
+            N * HV * (V // FILLED.value),
+            (kept, out, slots, *tensors),
+            (N,),
+            (*strides, *out.stride(), HV, K, V, *pads, EVERY),
+        )
 
 
-def keep(
-    kept: Tensor, slots: Tensor, out: Tensor, metadata: PrefillMetadata, pads: tuple[int, int]
-) -> None:
-    """Copy the states at the checkpoints to their rows of ``out``."""
-    N, (HV, V, K) = len(metadata.cu_seqlens) - 1, kept.shape[1:]
-    _keep[(N * HV * (V // FILLED.value),)](
-        kept, out, slots, *_batch(metadata, N), *out.stride(), HV, K, V, *pads, EVERY,
-        num_warps=4, enable_fp_fusion=FP_FUSION,
-    )  # fmt: skip
-
-
-def _batch(metadata: PrefillMetadata, N: int) -> tuple[object, ...]:
+def _batch(metadata: PrefillMetadata) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
+    """Return what tells where checkpoints are, and the strides."""
     tensors = (
         metadata.cu_seqlens,
         metadata.state_indices,
         metadata.checkpoint_offsets,
         metadata.checkpoint_indices,
     )
-    return (*tensors, N, *(x.stride(0) for x in tensors if x is not None))
+    return tensors, tuple(x.stride(0) for x in tensors if x is not None)

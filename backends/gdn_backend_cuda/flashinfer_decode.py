@@ -8,7 +8,7 @@ from gdn_backend_triton.launch import refuse_gradients
 from torch import Tensor
 
 from gdn_backend_cuda.flashinfer_probe import DECODE, load
-from gdn_backend_cuda.slots import Placed, aligned, kernel_output
+from gdn_backend_cuda.slots import Around, Placed, aligned, kernel_output
 from gdn_portable.errors import InputError
 from gdn_portable.interface import RecurrentDecode
 from gdn_portable.spec import Device, GdnSpec
@@ -16,7 +16,7 @@ from gdn_portable.spec import Device, GdnSpec
 
 def make_recurrent_decode(spec: GdnSpec, device: Device, *, deterministic: bool) -> RecurrentDecode:
     """Return the op: slots and gates made fit, FlashInfer's kernel, zeros for padding."""
-    launch = load(DECODE)
+    launch, around = load(DECODE), Around.of(device)
     scratch = spec.scratch_slot
     if scratch is None:
         raise InputError("scratch_slot is None, needs a slot that padding may write")
@@ -44,6 +44,7 @@ def make_recurrent_decode(spec: GdnSpec, device: Device, *, deterministic: bool)
             a,
             dt_bias,
             state_indices,
+            around,
             drafts=1,
             pad=spec.pad_slot,
             absent=scratch,

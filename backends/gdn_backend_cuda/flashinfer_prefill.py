@@ -12,7 +12,7 @@ import torch
 from gdn_backend_triton.launch import refuse_gradients
 from torch import Tensor
 
-from gdn_backend_cuda.checkpoints import gather, keep
+from gdn_backend_cuda.checkpoints import Keeping
 from gdn_backend_cuda.flashinfer_probe import PREFILL, load, parameters
 from gdn_backend_cuda.prefill_slots import EVERY, Given, Placed, placing
 from gdn_backend_cuda.slots import kernel_output, packed
@@ -53,7 +53,7 @@ def make_rule(spec: GdnSpec, device: Device, given: Given, *, use_cp: bool) -> C
     """
     launch = load(PREFILL)
     takes_length = "max_seqlen" in parameters(launch)
-    launch_place = placing(device, given)
+    launch_place, keeping = placing(device, given), Keeping.of(device)
     has_targets = "output_state_indices" in parameters(launch) and not use_cp
 
     def run(*, q: Tensor, max_seqlen: int, **arguments: object) -> None:
@@ -113,7 +113,7 @@ def make_rule(spec: GdnSpec, device: Device, given: Given, *, use_cp: bool) -> C
             kept, pads = state, (spec.pad_slot, spec.pad_slot)
             if checkpoint_state is not None:
                 kept, pads = checkpoint_state, (spec.pad_slot, -1)
-            left = gather(v, placed, metadata, pads)
+            left = keeping.gather(v, placed, metadata, pads)
             run(
                 q=left.k,
                 k=left.k,
@@ -128,7 +128,7 @@ def make_rule(spec: GdnSpec, device: Device, given: Given, *, use_cp: bool) -> C
                 use_cp=False,
                 max_seqlen=min(EVERY, len(left.k)),
             )
-            keep(placed.kept, left.slots, kept, metadata, pads)
+            keeping.keep(placed.kept, left.slots, kept, metadata, pads)
         return result if result is o else result.copy_(o)
 
     return rule

@@ -13,7 +13,7 @@ from gdn_backend_triton.mtp_verify import make_mtp_verify as make_triton_verify
 from torch import Tensor
 
 from gdn_backend_cuda.flashinfer_probe import VERIFY, VERIFY_BFLOAT16, load
-from gdn_backend_cuda.slots import ALIGNMENT, Placed, aligned, kernel_output
+from gdn_backend_cuda.slots import ALIGNMENT, Around, Placed, aligned, kernel_output
 from gdn_portable.errors import InputError
 from gdn_portable.interface import MtpVerify
 from gdn_portable.metadata import Drafts, SnapshotDrafts, VerifyMetadata, draft_protocol
@@ -29,7 +29,7 @@ def make_mtp_verify(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
     """Return the op."""
     triton_verify = make_triton_verify(spec, device, deterministic=deterministic)
     is_float32 = spec.state_dtype is torch.float32
-    launch = load(VERIFY if is_float32 else VERIFY_BFLOAT16)
+    launch, around = load(VERIFY if is_float32 else VERIFY_BFLOAT16), Around.of(device)
     absent = SKIPPED if is_float32 else spec.scratch_slot
     scratch = spec.scratch_slot
     if scratch is None or absent is None:
@@ -84,6 +84,7 @@ def make_mtp_verify(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
             a,
             dt_bias,
             metadata.state_indices,
+            around,
             drafts=P,
             pad=spec.pad_slot,
             absent=absent,

@@ -7,14 +7,18 @@ afterwards its outputs are made zeros.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
-from gdn_backend_triton.launch import FP_FUSION, STEP_SIZES, STEP_TENSORS, ceil_div
+from gdn_backend_triton.launch import STEP_SIZES, STEP_TENSORS, ceil_div
+from gdn_backend_triton.launches import Launch
 from gdn_backend_triton.taps import strides
 from torch import Tensor
 
 from gdn_portable.errors import InputError
+from gdn_portable.spec import Device
 
 BLOCK = 256
 # exp of a + dt_bias overflows from 88.8 on, and FlashInfer multiplies the infinity by 0; what is
@@ -84,16 +88,29 @@ def _finish(
         tl.store(at, value.to(out.dtype.element_ty), mask=inside)
 
 
+class Around(NamedTuple):
+    """The launches around FlashInfer's."""
+
+    place: Launch
+    finish: Launch
+
+    @classmethod
+    def of(cls, device: Device) -> Around:
+        """Make them for a device."""
+        return cls(Launch(_place, device, num_warps=4), Launch(_finish, device, num_warps=4))
+
+
 class Placed:
     """Slots and gates of a batch, as FlashInfer may be given them."""
 
-    __slots__ = ("a", "live", "read", "write")
+    __slots__ = ("_around", "a", "live", "read", "write")
 
     def __init__(
         self,
         a: Tensor,
         dt_bias: Tensor,
         state_indices: Tensor,
+        around: Around,
         *,
         drafts: int,
         pad: int,
@@ -109,6 +126,7 @@ class Placed:
             a: [T, HV]; bounded where softplus would overflow.
             dt_bias: [HV].
             state_indices: [B], or a slot table [B, P].
+            around: the launches.
             drafts: P, rows of a sequence.
             pad: an index at or below it is padding.
             absent: what padding reads.
@@ -127,12 +145,15 @@ class Placed:
         self.read = integers(B, torch.int64 if wide else torch.int32)
         self.live = integers(B, torch.int8)
         self.write = integers(T) if table or out_state_indices is not None else None
-        _place[(ceil_div(T * HV, BLOCK),)](
-            a, dt_bias, state_indices, out_state_indices, num_accepted, self.a, self.read,
-            self.write, self.live, T * HV, absent, scratch, *a.stride(), dt_bias.stride(0),
-            state_indices.stride(0), state_indices.stride(1) if table else 0,
-            *strides(out_state_indices, 1), *strides(num_accepted, 1), HV, drafts, table, pad,
-            BLOCK, num_warps=4, enable_fp_fusion=FP_FUSION,
+        self._around = around
+        around.place(
+            ceil_div(T * HV, BLOCK),
+            (a, dt_bias, state_indices, out_state_indices, num_accepted, self.a, self.read,
+             self.write, self.live),
+            (T * HV, absent, scratch),
+            (*a.stride(), dt_bias.stride(0), state_indices.stride(0),
+             state_indices.stride(1) if table else 0, *strides(out_state_indices, 1),
+             *strides(num_accepted, 1), HV, drafts, table, pad, BLOCK),
         )  # fmt: skip
 
     @property
@@ -145,10 +166,9 @@ class Placed:
     def finish(self, o: Tensor, out: Tensor, drafts: int) -> None:
         """Write zeros to rows of padding, and the others of ``o`` to ``out`` where they differ."""
         T, HV, V = out.shape
-        _finish[(T,)](
-            o, out, self.live, *out.stride(), HV, V, drafts, 8, o is not out, num_warps=4,
-            enable_fp_fusion=FP_FUSION,
-        )  # fmt: skip
+        self._around.finish(
+            T, (o, out, self.live), (), (*out.stride(), HV, V, drafts, 8, o is not out)
+        )
 
 
 def aligned(x: Tensor) -> Tensor:

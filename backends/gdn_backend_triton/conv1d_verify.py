@@ -27,7 +27,7 @@ from gdn_backend_triton.taps import (
     strides,
     window_after,
 )
-from gdn_backend_triton.trees import fill_parents
+from gdn_backend_triton.trees import make_fill_parents
 from gdn_portable.interface import Conv1dVerify
 from gdn_portable.metadata import (
     Drafts,
@@ -197,6 +197,7 @@ def make_conv1d_verify(spec: GdnSpec, device: Device, *, deterministic: bool) ->
     tile = TILES.get(device.arch, TILES[device.kind])
     blocks = ceil_div(D, tile.channels)
     kernel = Launch(_conv1d_verify, device, num_warps=tile.warps)
+    fill_parents = make_fill_parents(device)
 
     def conv1d_verify(
         x: Tensor,

@@ -27,9 +27,6 @@ STEP_TENSORS = (
     "last_accepted", "a", "b", "read", "reach", "write",
 )  # fmt: skip
 
-# given with every launch: what Triton does by default is not the same in all versions
-FP_FUSION = True
-
 
 def ceil_div(count: int, size: int) -> int:
     """Return how many of ``size`` cover ``count``, sooner than ``triton.cdiv`` does."""

@@ -16,7 +16,6 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
-from gdn_backend_triton.launch import FP_FUSION
 from gdn_portable.spec import Device
 
 HOPPER = 90  # is the first that can start a kernel early
@@ -42,7 +41,8 @@ class Launch:
         """
         overlaps = device.kind == "cuda" and int(device.arch.removeprefix("sm")) >= HOPPER
         self._kernel = kernel
-        self._options = {"enable_fp_fusion": FP_FUSION, **options}
+        # what Triton does by default is not the same in all versions
+        self._options = {"enable_fp_fusion": True, **options}
         self._last: tuple[bool, ...] = ()
         if kernel.arg_names[-1] == "OVERLAPS":
             self._last = (overlaps,)

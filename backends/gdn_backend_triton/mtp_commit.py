@@ -15,7 +15,7 @@ from gdn_backend_triton.launch import STEP_SIZES, STEP_TENSORS, ceil_div
 from gdn_backend_triton.launches import Launch
 from gdn_backend_triton.overlap import begin
 from gdn_backend_triton.taps import strides
-from gdn_backend_triton.trees import fill_parents
+from gdn_backend_triton.trees import make_fill_parents
 from gdn_portable.interface import MtpCommit
 from gdn_portable.metadata import (
     Drafts,
@@ -236,6 +236,7 @@ def make_mtp_commit(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
     )
     snapshots = Launch(_commit_snapshots, device, num_warps=4)
     replay = Launch(_commit_replay, device, num_warps=1)
+    fill_parents = make_fill_parents(device)
     rows_of_v = min(BV, V)
     states, windows = HV * (V // rows_of_v), ceil_div(D, CHANNELS)
 

@@ -24,7 +24,7 @@ from gdn_backend_triton.maths import gates, rounded
 from gdn_backend_triton.overlap import begin
 from gdn_backend_triton.replay import make_replay, refuse_large_trees
 from gdn_backend_triton.taps import strides
-from gdn_backend_triton.trees import fill_parents
+from gdn_backend_triton.trees import make_fill_parents
 from gdn_portable.errors import InputError
 from gdn_portable.interface import MtpVerify
 from gdn_portable.metadata import (
@@ -254,6 +254,7 @@ def make_mtp_verify(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
     """Return the op."""
     recurrence = make_recurrence(spec, device, packed=False)
     replay = make_replay(spec, device, deterministic=deterministic)
+    fill_parents = make_fill_parents(device)
 
     def mtp_verify(
         q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
-from gdn_backend_triton.launch import FP_FUSION, STEP_SIZES, STEP_TENSORS, power_of_two
+from gdn_backend_triton.launch import STEP_SIZES, STEP_TENSORS, power_of_two
+from gdn_backend_triton.launches import Launch
 from gdn_portable.metadata import VerifyMetadata
+from gdn_portable.spec import Device
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
@@ -33,20 +37,27 @@ def _fill_parents(
     tl.store(target, parent.to(parents.dtype.element_ty), mask=drafted)
 
 
-def fill_parents(metadata: VerifyMetadata, batch: int) -> None:
-    """Fill ``metadata.parents`` from its links, where it has them.
+def make_fill_parents(device: Device) -> Callable[[VerifyMetadata, int], None]:
+    """Return what fills ``metadata.parents`` of a batch from its links, where it has them.
 
     Written in place where it is a tensor, else allocated as [batch, P] and stored. A draft that
     nothing links to becomes a child of the root; a link outside of the tree is none.
     """
-    next_token, next_sibling, P = metadata.next_token, metadata.next_sibling, metadata.max_drafts
-    if next_token is None or next_sibling is None:
-        return
-    if metadata.parents is None:
-        metadata.parents = torch.empty(batch, P, dtype=next_token.dtype, device=next_token.device)
-    if batch:
-        _fill_parents[(batch,)](
-            next_token, next_sibling, metadata.parents, *next_token.stride(),
-            *next_sibling.stride(), *metadata.parents.stride(), P, power_of_two(P),
-            P.bit_length(), num_warps=1, enable_fp_fusion=FP_FUSION,
-        )  # fmt: skip
+    launch = Launch(_fill_parents, device, num_warps=1)
+
+    def fill_parents(metadata: VerifyMetadata, batch: int) -> None:
+        token, sibling, P = metadata.next_token, metadata.next_sibling, metadata.max_drafts
+        if token is None or sibling is None:
+            return
+        if metadata.parents is None:
+            metadata.parents = torch.empty(batch, P, dtype=token.dtype, device=token.device)
+        if batch:
+            launch(
+                batch,
+                (token, sibling, metadata.parents),
+                (),
+                (*token.stride(), *sibling.stride(), *metadata.parents.stride(), P,
+                 power_of_two(P), P.bit_length()),
+            )  # fmt: skip
+
+    return fill_parents

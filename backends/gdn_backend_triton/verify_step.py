@@ -11,7 +11,7 @@ from gdn_backend_triton.gated_rms_norm import make_gated_rms_norm
 from gdn_backend_triton.launch import empty_like, refuse_gradients
 from gdn_backend_triton.mtp_verify import make_recurrence
 from gdn_backend_triton.replay import Convolution, make_replay, refuse_large_trees
-from gdn_backend_triton.trees import fill_parents
+from gdn_backend_triton.trees import make_fill_parents
 from gdn_portable.errors import InputError
 from gdn_portable.interface import VerifyStep
 from gdn_portable.metadata import (
@@ -33,6 +33,8 @@ def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> V
     recurrence = make_recurrence(spec, device, packed=True)
     replay = make_replay(spec, device, **options)
     gated_rms_norm = make_gated_rms_norm(spec, device, **options)
+
+    fill_parents = make_fill_parents(device)
 
     def verify_step(
         mixed_qkv: Tensor, a: Tensor, b: Tensor, params: GdnParams, pool: StatePool, *,
