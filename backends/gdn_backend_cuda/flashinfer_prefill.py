@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from gdn_backend_triton.launch import refuse_gradients
+from gdn_backend_triton.launch import longest, refuse_gradients
 from torch import Tensor
 
 from gdn_backend_cuda.checkpoints import Keeping
@@ -150,9 +150,7 @@ def _checkpoints(placed: Placed) -> dict[str, object]:
 
 def _longest(metadata: PrefillMetadata, T: int, N: int) -> int:
     """Return a bound of the sequences' lengths, at least their mean as FlashInfer wants it."""
-    if metadata.seq_lens_cpu is None:
-        return T
-    return min(max(*metadata.seq_lens_cpu, -(-T // N), 1), T)
+    return min(max(longest(metadata, T), -(-T // N), 1), T)
 
 
 @contextmanager

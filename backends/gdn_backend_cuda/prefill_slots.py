@@ -210,14 +210,14 @@ def _place(
     target = source
     if out_state_indices is not None:
         target = tl.load(out_state_indices + n * out_indices_s).to(tl.int64)
+    if targets is None:
+        if (not live) | (target <= PAD):
+            target = own.to(tl.int64)
+            if out_state_indices is not None:
+                target += n
     fills = (not reads) | (target != source)
     if targets is not None:
         fills &= empty & (target > PAD)
-    elif (not live) | (target <= PAD):
-        fills = n >= 0
-        target = own.to(tl.int64)
-        if out_state_indices is not None:
-            target += n
     keeps = n < 0
     if kept is not None:
         checkpoint = tl.load(checkpoint_offsets + n * checkpoints_s).to(tl.int32)

@@ -26,6 +26,7 @@ from gdn_backend_triton.launch import (
     STEP_TENSORS,
     ceil_div,
     empty_like,
+    longest,
     refuse_gradients,
 )
 from gdn_backend_triton.launches import Launch
@@ -512,16 +513,14 @@ def _is_short(metadata: PrefillMetadata, tokens: int, segment: int) -> bool:
     """Return whether walking the longest sequence uncut takes less than making maps and segments.
 
     Args:
-        metadata: the batch; without lengths on the host one sequence may have all tokens.
+        metadata: the batch.
         tokens: T.
         segment: tokens of a segment, 0 where sequences would not be cut either.
     """
-    lengths = metadata.seq_lens_cpu
-    longest = tokens if lengths is None else int(max(lengths, default=0))
     # an H200 takes 5.2 us for each chunk of a segment, bridge included, where it takes 2.3 for one
     # of a half head
     most = min(segment * 9 // 4, LONGEST * int(CHUNK.value)) if segment else tokens
-    return longest <= most
+    return longest(metadata, tokens) <= most
 
 
 def _pick_tile(spec: GdnSpec, device: Device) -> tuple[Tile, bool]:

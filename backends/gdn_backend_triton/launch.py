@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gdn_portable.backend import Launcher, MakeLauncher
 from gdn_portable.errors import InputError
+from gdn_portable.metadata import PrefillMetadata
 from gdn_portable.spec import Device, GdnSpec
 
 # what changes from step to step, by the kernels' names for it: Triton would compile again, in the
@@ -36,6 +37,12 @@ def ceil_div(count: int, size: int) -> int:
 def power_of_two(least: int) -> int:
     """Return the power of two at or above ``least``, sooner than Triton's own function does."""
     return 1 << (least - 1).bit_length()
+
+
+def longest(metadata: PrefillMetadata, tokens: int) -> int:
+    """Return how long a sequence is at most: one may have all tokens where no lengths are known."""
+    lengths = metadata.seq_lens_cpu
+    return tokens if lengths is None else int(max(lengths, default=0))
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
