@@ -268,7 +268,8 @@ class Warp:
             return self._get(given[0], kind).astype(KINDS[parts[-2]])
         if "wide" in parts:
             wide = {np.int32: np.int64, np.uint32: np.uint64}[kind]
-            return compute(parts, [self._get(x, kind).astype(wide) for x in given])
+            factors = [self._get(x, kind).astype(wide) for x in given[:2]]
+            return compute(parts, [*factors, *(self._get(x, wide) for x in given[2:])])
         return compute(parts, [self._get(x, kind) for x in given])
 
     def _signal(self, parts: list[str], operands: Sequence[Operand], mask: Array) -> None:

@@ -71,7 +71,7 @@ def parse(text: str) -> Program:
     """Read a text with one kernel; a label stands in front of what branches to it in its block."""
     text = COMMENT.sub("", text)
     head, body = text[text.index(".entry") :].split(")", 1)
-    parameters = re.findall(r"\.param \.\w+ (\w+)", head)
+    parameters = re.findall(r"\.param [.\w ]*?(\w+)(?:,|\s*$)", head)
     body = body[body.index("{") + 1 :].lstrip()
     scopes, statements, labels = _Scopes(), list[Statement](), dict[str, int]()
     while body and (body[0] != "}" or scopes.open):

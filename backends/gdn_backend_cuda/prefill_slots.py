@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from gdn_backend_triton.launch import STEP_SIZES, STEP_TENSORS, ceil_div, power_of_two
 from gdn_backend_triton.launches import Launch
-from gdn_backend_triton.maths import correction
+from gdn_backend_triton.maths import correction, squares_of
 from gdn_backend_triton.overlap import begin
 from gdn_backend_triton.sequences import sequence_of
 from gdn_backend_triton.taps import strides
@@ -105,7 +105,7 @@ def _store_gates(
         at = row.to(tl.int64) * K + o_k
         tl.store(unit_q + at, _unit(query), mask=inside)
         tl.store(unit_k + at, key, mask=inside)
-        amount *= correction(key)[:, None]
+        amount *= correction(squares_of(key))[:, None]
     # usually no sequence is padding, which one load tells
     live = token < tl.load(cu_seqlens + N * cu_s).to(tl.int32)
     if _holds_padding(state_indices, indices_s, N, PAD):

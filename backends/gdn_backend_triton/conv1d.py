@@ -20,7 +20,7 @@ from gdn_backend_triton.launch import (
     refuse_gradients,
 )
 from gdn_backend_triton.launches import Launch
-from gdn_backend_triton.maths import correction, gates, rounded
+from gdn_backend_triton.maths import correction, gates, rounded, squares_of
 from gdn_backend_triton.overlap import begin
 from gdn_backend_triton.sequences import locate, num_programs
 from gdn_backend_triton.taps import (
@@ -171,13 +171,14 @@ def _turn_window(
 @triton.jit
 def _store_rows(
     rows, out, out_t, out_d, left, mask, row, channel, weight, bias, scale, W: tl.constexpr,
-    RUN: tl.constexpr, SILU: tl.constexpr, NORMALISE: tl.constexpr, b=None, beta=None, b_t=0,
-    b_h=0, beta_t=0, heads=0, HEADS: tl.constexpr = 1,
+    RUN: tl.constexpr, SILU: tl.constexpr, NORMALISE: tl.constexpr, MEASURE: tl.constexpr = False,
 ):  # fmt: skip
     """Convolve the runs and store what comes out times ``scale``, normalised where asked for.
 
-    Where ``beta`` is not None, what comes out are keys: store it for that many of their HEADS.
+    Returns:
+        [RUNS, RUN] the squares of what was stored; zeros where they are not to be measured.
     """
+    squares = tl.zeros([row.shape[0], RUN], tl.float32)
     for i in tl.static_range(RUN):
         y = convolve(rows, i, weight, bias, W, SILU)
         if NORMALISE:
@@ -186,13 +187,9 @@ def _store_rows(
         target = out + (row + i) * out_t + channel * out_d
         y = rounded(y, out.dtype.element_ty)
         tl.store(target, y, mask=(row + i < left) & mask)
-        if beta is not None:
-            h = tl.arange(0, HEADS)[None, :]
-            inside = (row + i < left) & (h < heads)
-            by = correction(y)
-            logit = tl.load(b + (row + i) * b_t + h * b_h, mask=inside, other=0.0)
-            amount = tl.sigmoid(logit.to(tl.float32)) * by[:, None]
-            tl.store(beta + (row + i) * beta_t + h, amount, mask=inside)
+        if MEASURE:
+            squares = tl.where(tl.arange(0, RUN)[None, :] == i, squares_of(y)[:, None], squares)
+    return squares
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
@@ -389,17 +386,20 @@ def _front_end(
         )  # fmt: skip
     if block < 2 * H:
         scale = tl.where(block < H, SCALE, 1.0)
-        RATIO: tl.constexpr = HV // H
-        own = (block - H) * RATIO
-        of_b, of_beta = None, None
         if CORRECTS:
-            of_b = b + first.to(tl.int64) * b_t + own * b_h
-            of_beta = beta + first.to(tl.int64) * HV + own
-        _store_rows(
+            RATIO: tl.constexpr = HV // H
+            head = (block - H) * RATIO + tl.arange(0, KEY_HEADS)[None, :]
+            token = first.to(tl.int64) + tl.arange(0, RUNS * RUN)[:, None]
+            own = (token < end) & (block >= H) & (tl.arange(0, KEY_HEADS)[None, :] < RATIO)
+            # long before it is used
+            logit = tl.load(b + token * b_t + head * b_h, mask=own, other=0.0)
+        squares = _store_rows(
             rows, of_qk, H * K, 1, end - first, within, row, channel, columns, offset, scale, W,
-            RUN, SILU, NORMALISE, of_b, of_beta, b_t, b_h, HV, tl.where(block < H, 0, RATIO),
-            KEY_HEADS,
+            RUN, SILU, NORMALISE, CORRECTS,
         )  # fmt: skip
+        if CORRECTS:
+            by = correction(tl.reshape(squares, [RUNS * RUN]))[:, None]
+            tl.store(beta + token * HV + head, tl.sigmoid(logit.to(tl.float32)) * by, mask=own)
     else:
         _store_rows(
             rows, of_v, HV * V, 1, end - first, within, row, channel, columns, offset, 1.0, W,

@@ -58,10 +58,15 @@ Table = Mapping[tuple[str, int], Sequence[tuple[int, Tile]]]
 ANY = sys.maxsize
 DEFAULT_ARCH = {"cuda": "sm90", "rocm": "gfx942"}
 TILES: Table = {
-    # H200, H16/HV32, K = V = 128: 3.7 / 11.9 / 39.7 / 142 / 557 us a step at B = 1 / 8 / 32 / 128 /
-    # 512 with a float32 state, 3.2 / 7.8 / 23.8 / 78 / 300 with bfloat16
-    ("sm90", 4): ((64, Tile(16, 16, 4, 1)), (ANY, Tile(16, 8, 8, 1))),
-    ("sm90", 2): ((64, Tile(8, 8, 4, 1)), (ANY, Tile(16, 16, 8, 1))),
+    # H200, H16/HV32, K = V = 128, recurrence alone, B = 8 / 32 / 128 / 512: 10.0 / 36.0 / 136 / 538
+    # us with a float32 state, 6.1 / 19.7 / 72.4 / 275 with bfloat16; with 8 lanes 10.2 / 36.4 / 138
+    # / 545 and 6.2 / 20.1 / 72.9 / 279
+    ("sm90", 4): ((128, Tile(16, 16, 4, 1)), (ANY, Tile(16, 16, 16, 1))),
+    ("sm90", 2): (
+        (64, Tile(8, 8, 4, 1)),
+        (2048, Tile(16, 16, 16, 1)),
+        (ANY, Tile(32, 16, 16, 2)),
+    ),
     ("gfx942", 4): ((256, Tile(8, 8, 8, 1)), (ANY, Tile(16, 16, 8, 1))),
     ("gfx942", 2): ((256, Tile(16, 16, 8, 1)), (ANY, Tile(32, 32, 8, 1))),
 }
@@ -70,13 +75,13 @@ TILES: Table = {
 GATED_TILES: Table = {
     ("sm90", 4): (
         (64, Tile(128, 128, 8, 16)),
-        (256, Tile(128, 64, 8, 8)),
-        (ANY, Tile(16, 8, 8, 1)),
+        (1024, Tile(128, 64, 8, 8)),
+        (ANY, Tile(16, 16, 16, 1)),
     ),
     ("sm90", 2): (
         (64, Tile(128, 128, 8, 8)),
-        (256, Tile(128, 64, 8, 8)),
-        (ANY, Tile(16, 16, 8, 1)),
+        (1024, Tile(128, 64, 8, 8)),
+        (ANY, Tile(32, 16, 16, 2)),
     ),
     ("gfx942", 4): ((256, Tile(128, 128, 8, 8)), (ANY, Tile(128, 64, 8, 4))),
     ("gfx942", 2): ((256, Tile(128, 128, 8, 8)), (ANY, Tile(128, 64, 8, 4))),

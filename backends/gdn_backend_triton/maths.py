@@ -3,9 +3,10 @@
 
 import triton
 import triton.language as tl
-from triton.language.target_info import is_hip_cdna3
+from triton.language.target_info import is_cuda, is_hip_cdna3
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # which knows no assembly
 MOST_ROUNDED = tl.constexpr(2.0**-8)  # of the square of a unit vector's norm
 
 
@@ -27,10 +28,8 @@ def gates(a, b, A_log, dt_bias):
 
 
 @triton.jit
-def correction(key):
-    """Return what makes up in beta for what rounding did to the length of unit vectors [., K]."""
-    key = key.to(tl.float32)
-    squares = tl.sum(key * key, 1)
+def correction(squares):
+    """Return what makes up in beta for what rounding did to unit vectors with those squares."""
     # farther from 1 is no rounding: a key near zero
     is_rounded = tl.abs(squares - 1.0) < MOST_ROUNDED
     return tl.where(is_rounded, 1.0 / tl.where(is_rounded, squares, 1.0), 1.0)
@@ -75,3 +74,27 @@ def rounded(x, dtype: tl.constexpr):
     else:
         y = x.to(dtype)
     return y
+
+
+@triton.jit
+def widened(x):
+    """Return numbers of 16 bits, used as they are as well, in float32.
+
+    On NVIDIA bfloat16 is rounded in pairs where it is only used in pairs, else number by number,
+    by a unit with an eighth of the rate; so here pairs are taken apart.
+    """
+    if is_cuda() and x.dtype == tl.bfloat16 and not INTERPRETED:
+        y = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x],
+            dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        y = x.to(tl.float32)
+    return y
+
+
+@triton.jit
+def squares_of(rows):
+    """Return the sums of squares of rows [., K]."""
+    rows = widened(rows)
+    return tl.sum(rows * rows, 1)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Triton's kernels have in assembly, as it is compiled for Hopper, run on a CPU."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+from gdn_backend_triton.maths import widened  # noqa: E402
+
+from ci.resources.driver import Compiled, compiling_for  # noqa: E402
+from tests.cute_lanes import Space  # noqa: E402
+from tests.ptx_block import WARP, Block  # noqa: E402
+from tests.ptx_program import parse  # noqa: E402
+
+SIZE = tl.constexpr(2048)
+
+
+@triton.jit
+def _split(x, high, low):
+    tl.extra.cuda.gdc_wait()
+    at = tl.arange(0, SIZE)
+    value = tl.load(x + at)
+    first = value.to(tl.bfloat16)
+    tl.store(high + at, first)
+    tl.store(low + at, (value - widened(first)).to(tl.bfloat16))
+
+
+def test_rounded_numbers_are_taken_apart_in_pairs() -> None:
+    x = torch.randn(SIZE.value, generator=torch.Generator().manual_seed(0))
+    high, low = cut = torch.empty(2, SIZE.value, dtype=torch.bfloat16)
+    found: list[Compiled] = []
+    with compiling_for("sm90", found.append):
+        _split[(1,)](x, high, low, num_warps=1)
+    code = found[0].files["ptx"].read_text()
+    numbers = [x.data_ptr(), high.data_ptr(), low.data_ptr(), 0, 0]
+
+    block = Block(
+        parse(code), numbers, Space.of([x, cut]), Space.shared(16), WARP, 0, 1, random.Random(0)
+    )
+    block.run()
+
+    assert "cvt.rn.bf16.f32" not in code
+    assert torch.equal(high, x.bfloat16())
+    assert torch.equal(low, (x - high.float()).bfloat16())
