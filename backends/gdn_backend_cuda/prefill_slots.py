@@ -75,7 +75,7 @@ def _holds_padding(state_indices, stride, N, PAD: tl.constexpr):
 def _unit(x):
     """Return rows normalised, and rounded to their dtype."""
     value = x.to(tl.float32)
-    value *= tl.rsqrt(tl.sum(value * value, 1) + 1e-6)[:, None]
+    value *= tl.rsqrt(squares_of(value) + 1e-6)[:, None]
     return value.to(x.dtype)
 
 

@@ -182,7 +182,7 @@ def _store_rows(
     for i in tl.static_range(RUN):
         y = convolve(rows, i, weight, bias, W, SILU)
         if NORMALISE:
-            y *= tl.rsqrt(tl.sum(y * y, 1) + 1e-6)[:, None]
+            y *= tl.rsqrt(squares_of(y) + 1e-6)[:, None]
         y *= scale
         target = out + (row + i) * out_t + channel * out_d
         y = rounded(y, out.dtype.element_ty)
@@ -388,9 +388,10 @@ def _front_end(
         scale = tl.where(block < H, SCALE, 1.0)
         if CORRECTS:
             RATIO: tl.constexpr = HV // H
-            head = (block - H) * RATIO + tl.arange(0, KEY_HEADS)[None, :]
+            h = tl.arange(0, KEY_HEADS)[None, :]
+            head = (block - H) * RATIO + h
             token = first.to(tl.int64) + tl.arange(0, RUNS * RUN)[:, None]
-            own = (token < end) & (block >= H) & (tl.arange(0, KEY_HEADS)[None, :] < RATIO)
+            own = (token < end) & (block >= H) & (h < RATIO)
             # long before it is used
             logit = tl.load(b + token * b_t + head * b_h, mask=own, other=0.0)
         squares = _store_rows(
