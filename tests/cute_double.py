@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 from gdn_backend_cuda.cute_replay import apply, solve
 from gdn_backend_cuda.cute_replay.shape import (
-    CONSUMERS,
     KEYS,
     ROOM,
     ROWS,
     SCRATCH,
     SOLVED,
-    SOLVERS,
     V_ROW,
     X_ROW,
     Item,
+    K,
     P,
     Shape,
     Tensors,
+    V,
 )
 from torch import Tensor
 
@@ -74,7 +74,7 @@ class Double:
 
 
 def run(shape: Shape, memory: Space, numbers: Sequence[int]) -> None:
-    """Take every item as the kernel does: solver warps, then each consumer warp."""
+    """Take every item as the kernel does: what is gathered and solved, then each warp's rows."""
     *fields, indices, indices_b, accepted, accepted_b, items = numbers
     x = Tensors(*map(np.int64, fields))
     lanes = Lanes(memory, Space.shared(shape.shared))
@@ -90,7 +90,7 @@ def run(shape: Shape, memory: Space, numbers: Sequence[int]) -> None:
         pending = min(max(pending, 0), ROOM)
         item = Item(np.int64(slot), np.int64(pending), np.int64(sequence * P), head)
         lanes.space.data[:] = 0xFF  # NaN
-        zeros = shape.buffers_at + KEYS * X_ROW
+        zeros = shape.gathered_at + KEYS * X_ROW
         lanes.space.data[zeros : zeros + 4 * X_ROW] = 0
         if slot > shape.pad_slot:
             _solve(lanes, shape, x, item)
@@ -98,37 +98,37 @@ def run(shape: Shape, memory: Space, numbers: Sequence[int]) -> None:
 
 
 def _solve(lanes: Lanes, shape: Shape, x: Tensors, item: Item) -> None:
-    buffer, lane, thread = shape.buffers_at, np.arange(32), np.arange(32 * SOLVERS)
-    lanes.lanes = len(thread)
-    filters = solve.fetch_filters(lanes, shape, x, item.head, thread)
-    drafted = solve.fetch_drafts(lanes, shape, x, item.row, item.head, thread)
-    channels = solve.fetch_channels(lanes, shape, x, item, thread)
-    solve.gather(lanes, shape, x, item, thread, buffer, filters, drafted, channels)
+    buffer, lane, thread = shape.gathered_at, np.arange(32), np.arange(K)
+    lanes.lanes, vectors = len(thread), range(2 + shape.heads)
+    filters = solve.fetch_filters(lanes, shape, x, item.head, thread, vectors)
+    drafted = solve.fetch_drafts(lanes, shape, x, item.row, item.head, thread, vectors)
+    channels = solve.fetch_channels(lanes, shape, x, item, thread, vectors)
+    solve.gather(lanes, shape, x, item, thread, buffer, vectors, filters, drafted, channels)
     lanes.lanes = len(lane)
     for n in range(shape.heads):
         head = item.head * shape.heads + n
         new = solve.fetch_new_gates(lanes, x, item.row, head, lane)
         gates = solve.Gates(*new, *solve.fetch_pending(lanes, x, item.slot, head, lane))
         rates = solve.fetch_rates(lanes, shape, x, head)
-        decays = solve.decays(lanes, shape, x, item, head, lane, True, rates, gates)
+        decays = solve.decays(lanes, shape, x, item, head, lane, rates, gates)
         products = solve.products(lanes, lane, buffer)
-        scratch = shape.scratch_at + n % SOLVERS * SCRATCH * 4
+        scratch = shape.scratch_at + n * SCRATCH * 4
         solved = buffer + shape.solved + n * SOLVED
         solve.solve(lanes, shape, products, decays, lane, scratch, solved)
 
 
 def _apply(lanes: Lanes, shape: Shape, x: Tensors, item: Item) -> None:
-    buffer, lane, tile = shape.buffers_at, np.arange(32), 0
-    for warp in range(CONSUMERS):
+    buffer, lane, tile = shape.gathered_at, np.arange(32), 0
+    for part in range(V // ROWS):
         for_Y, for_change = apply.operands(lanes, shape, lane, buffer)
         for n in range(shape.heads):
-            head, first_row = item.head * shape.heads + n, warp * ROWS
+            head, first_row = item.head * shape.heads + n, part * ROWS
             if item.slot <= shape.pad_slot:
                 apply.zeros(lanes, x, item, head, lane, first_row)
                 continue
             solved = buffer + shape.solved + n * SOLVED
             values = buffer + shape.values + n * KEYS * V_ROW
-            source = x.state + item.slot * x.state_s + head * x.state_h + warp * shape.tile
+            source = x.state + item.slot * x.state_s + head * x.state_h + part * shape.tile
             rows = lanes.memory.at(source + np.arange(shape.tile // 16) * 16, 16)
             staged = lanes.space.data[tile : tile + shape.tile].reshape(rows.shape)
             staged[:] = lanes.memory.data[rows]

@@ -156,6 +156,7 @@ class Warp:
             if statement.op.startswith("bra"):
                 self.at[mask] = self.block.program.labels[str(statement.operands[0])]
             elif statement.op == "ret":
+                assert not self.copies, "a warp that ends does not wait for its copies"
                 self.is_live &= ~mask
             elif mask.any():
                 self._do(statement.op.split("."), statement.operands, mask)

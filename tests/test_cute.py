@@ -13,6 +13,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from gdn_backend_cuda.cute_replay.plan import Kind, least_items, shapes_of
+
 from gdn_portable import (
     Choice,
     ConvLayout,
@@ -177,7 +179,7 @@ class Calls:
         launcher = self.double.launcher
         monkeypatch.setattr(launcher, "start_of", start_of)
         monkeypatch.setattr(launcher, "make_triton_step", lambda *_, **__: triton_step)
-        monkeypatch.setattr(launcher, "LEAST_ITEMS", 12)
+        monkeypatch.setattr(launcher, "least_items", lambda spec: 12)
         self.step = launcher.make_verify_step(SPEC, HOPPER, deterministic=deterministic)
 
     def __call__(self, call: Call) -> Any:
@@ -288,14 +290,42 @@ def test_a_small_batch_that_must_not_differ_from_a_large_one_goes_to_the_kernel(
 def test_a_small_batch_compiles_what_a_large_one_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     double = Double(monkeypatch)
     monkeypatch.setattr(double.launcher, "make_triton_step", lambda *_, **__: lambda *_, **__: None)
+    monkeypatch.setattr(double.launcher, "least_items", lambda spec: 7)
     step = double.launcher.make_verify_step(SPEC, HOPPER, deterministic=False)
 
     for case in (_call(3), _call(3), _call(3, bias=True), _call(3, fresh=True)):
         step(**case)
 
-    kinds = [(s.has_bias, s.float32_dt_bias, s.has_accepted) for s in double.compiled]
-    assert kinds == [(False, False, True), (True, True, True), (False, False, False)]
+    kinds = [(s.has_bias, s.float32_dt_bias, s.has_accepted, s.warps) for s in double.compiled]
+    expected = [(False, False, True), (True, True, True), (False, False, False)]
+    assert kinds == [(*kind, warps) for kind in expected for warps in (8, 4)]
     assert double.started == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "by_items"),
+    [
+        ({}, {132: (8, 1), 133: (4, 2)}),
+        ({"num_v_heads": 2}, {132: (8, 2), 133: (8, 2)}),
+        ({"num_v_heads": 8}, {132: (8, 1), 133: (8, 1)}),
+        ({"state_dtype": torch.bfloat16}, {132: (8, 2), 133: (8, 2)}),
+    ],
+    ids=str,
+)
+def test_how_many_warps_take_an_item_goes_by_its_states_and_the_batch(
+    change: dict[str, Any], by_items: dict[int, tuple[int, int]]
+) -> None:
+    shapes = shapes_of(replace(SPEC, **change), Kind(False, True, True))
+
+    for items, team in by_items.items():
+        shape = next(shape for most, shape in shapes if items <= most)
+        assert (shape.warps, shape.blocks) == team
+        assert shape.blocks * (shape.shared + 1024) <= 228 * 1024
+
+
+@pytest.mark.parametrize(("ratio", "least"), [(1, 1), (2, 1), (3, 64), (4, 64)])
+def test_few_items_with_many_heads_are_left_to_triton(ratio: int, least: int) -> None:
+    assert least_items(replace(SPEC, num_v_heads=ratio * SPEC.num_k_heads)) == least
 
 
 def test_a_gradient_is_refused(calls: Calls) -> None:
@@ -316,7 +346,6 @@ def test_the_norm_and_the_gate_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     double, normed = Double(monkeypatch), []
     launcher = double.launcher
     monkeypatch.setattr(launcher, "start_of", lambda *_: lambda numbers: None)
-    monkeypatch.setattr(launcher, "LEAST_ITEMS", 1)
 
     def norm(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, **more: Any) -> str:
         normed.append((x, gate.shape, weight, more))

@@ -18,10 +18,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from gdn_backend_cuda.cute_replay.shape import CONSUMERS, SOLVERS, Shape
+from gdn_backend_cuda.cute_replay.plan import Team
+from gdn_backend_cuda.cute_replay.shape import Shape
 
 from ci.resources import compilers
-from gdn_portable import GdnSpec, bind
+from gdn_portable import GdnOps, GdnSpec, bind
 from tests.calls import leaves
 from tests.cute_cases import SPEC, replay_case
 from tests.cute_double import HOPPER, Double
@@ -38,14 +39,15 @@ from gdn_backend_cuda.cute_replay.kernel import compile_for
 from gdn_backend_cuda.cute_replay.shape import Shape
 print(compile_for({shape}, "sm90", "--keep-ptx").__ptx__)
 """
-ONE_HEAD = replace(SPEC, num_k_heads=1, num_v_heads=1)
+RATIO2 = replace(SPEC, num_k_heads=1, num_v_heads=2)
 BFLOAT16 = replace(SPEC, num_v_heads=2, state_dtype=torch.bfloat16)
-# the layer, sequences, blocks, and what a call brings
-KINDS: dict[str, tuple[GdnSpec, int, int, dict[str, bool]]] = {
-    "fp32 state, ratio 2": (replace(SPEC, num_k_heads=1, num_v_heads=2), 5, 2, {"bias": True}),
-    "fp32 state, one head": (ONE_HEAD, 7, 1, {}),
-    "fp32 state, none pending": (ONE_HEAD, 3, 2, {"fresh": True}),
-    "bf16 state, ties": (BFLOAT16, 5, 4, {"ties": True}),
+# the layer, sequences, who takes an item, and what a call brings
+KINDS: dict[str, tuple[GdnSpec, int, Team, dict[str, bool]]] = {
+    "fp32 state, all tiles at once": (RATIO2, 3, Team(8, 1), {"bias": True}),
+    "fp32 state, three of four tiles": (RATIO2, 5, Team(4, 2), {"bias": True}),
+    "fp32 state, tile by tile": (RATIO2, 3, Team(8, 2), {}),
+    "fp32 state, one head": (replace(RATIO2, num_v_heads=1), 3, Team(8, 2), {"fresh": True}),
+    "bf16 state, ties": (BFLOAT16, 5, Team(8, 2), {"ties": True}),
 }
 Change = Callable[[Program], Program]
 
@@ -66,20 +68,21 @@ class Machine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, dumps: str) -> None:
         self.double = Double(monkeypatch)
         self.dumps = dumps
-        monkeypatch.setattr(self.double.launcher, "LEAST_ITEMS", 1)
         monkeypatch.setattr(self.double.launcher, "start_of", self.start_of)
 
     def start_of(self, shape: Shape, arch: str) -> Callable[[Sequence[int]], None]:
+        shape = replace(shape, **self.team._asdict())
         program = self.change(_program(shape, self.dumps))
 
         def start(numbers: Sequence[int]) -> None:
             memory, rng = Space.of(self.double.memory), random.Random(self.seed)
+            items = numbers[-1]
             blocks = [
                 Block(
                     program, numbers, memory, Space.shared(shape.shared),
-                    32 * (CONSUMERS + SOLVERS), n, self.blocks, rng,
+                    32 * shape.warps, n, items, rng,
                 )
-                for n in range(self.blocks)
+                for n in range(items)
             ]  # fmt: skip
             for block in blocks:
                 block.run()
@@ -87,16 +90,18 @@ class Machine:
         return start
 
     def check(self, kind: str, seed: int, change: Change = lambda program: program) -> None:
-        spec, B, self.blocks, options = KINDS[kind]
+        spec, B, self.team, options = KINDS[kind]
         self.seed, self.change = seed, change
+        replay_case(spec, B, seed=seed, **options).check(self.bound(spec))
+
+    def bound(self, spec: GdnSpec) -> GdnOps:
         step = self.double.launcher.make_verify_step(spec, HOPPER, deterministic=False)
 
         def verify_step(**arguments: Any) -> torch.Tensor:
             self.double.memory = list(leaves(arguments).values())
             return step(**arguments)
 
-        ops = dataclasses.replace(bind(spec, "cpu", backend="reference"), verify_step=verify_step)
-        replay_case(spec, B, seed=seed, **options).check(ops)
+        return dataclasses.replace(bind(spec, "cpu", backend="reference"), verify_step=verify_step)
 
 
 @pytest.fixture
@@ -109,9 +114,30 @@ def test_the_compiled_kernel_passes_whatever_lands_when(machine: Machine, kind: 
     machine.check(kind, seed=0)
 
 
-# in the order of the text; the first barrier is for speed alone, and other groups are waited for
-# where none has to be under way
-WAITS = (*(("try_wait", n) for n in range(1, 6)), ("wait_group", 3), ("griddepcontrol", 0))
+TILE_BY_TILE, BF16 = "fp32 state, tile by tile", "bf16 state, ties"
+
+
+def test_results_are_the_same_bits_whoever_takes_an_item(machine: Machine) -> None:
+    machine.seed, machine.change = 0, lambda program: program
+    written = []
+    for machine.team in (Team(8, 1), Team(4, 2)):
+        arguments = replay_case(RATIO2, 3).arguments
+        machine.bound(RATIO2).verify_step(**arguments)
+        written.append(leaves(arguments))
+
+    one, other = written
+    assert all(torch.equal(x.nan_to_num(), other[name].nan_to_num()) for name, x in one.items())
+
+
+# in the order of the text; a product of one term is soon done, and then waits for what is solved
+WAITS = (
+    ("griddepcontrol", 0, TILE_BY_TILE),
+    ("bar.sync", 0, TILE_BY_TILE),
+    ("try_wait", 0, TILE_BY_TILE),
+    ("try_wait", 1, BF16),
+    ("wait_group", 0, TILE_BY_TILE),
+    ("wait_group", 1, TILE_BY_TILE),
+)
 
 
 def _without(op: str, number: int) -> Change:
@@ -129,8 +155,10 @@ def _without(op: str, number: int) -> Change:
     return change
 
 
-@pytest.mark.parametrize(("op", "number"), WAITS)
-def test_a_kernel_that_does_not_wait_is_found_out(machine: Machine, op: str, number: int) -> None:
+@pytest.mark.parametrize(("op", "number", "kind"), WAITS)
+def test_a_kernel_that_does_not_wait_is_found_out(
+    machine: Machine, op: str, number: int, kind: str
+) -> None:
     found = r"is off|has NaN|warps wait|does not wait"
     with pytest.raises((AssertionError, DeadlockError), match=found):
-        machine.check("fp32 state, one head", 0, _without(op, number))
+        machine.check(kind, 0, _without(op, number))

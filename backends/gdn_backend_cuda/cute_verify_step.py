@@ -23,8 +23,9 @@ from gdn_backend_cuda.cute_replay.plan import (
     is_served,
     kind_of,
     layout_of,
+    least_items,
     numbers_of,
-    shape_of,
+    shapes_of,
     strides_of,
     tensors_of,
 )
@@ -33,21 +34,17 @@ from gdn_portable.metadata import Drafts, GdnParams, ReplayDrafts, VerifyMetadat
 from gdn_portable.spec import Device, GdnSpec
 from gdn_portable.state import StatePool
 
-# sequences times key heads from which on it is faster. H200, H16/HV32, P = 4, cold, in us at B = 8,
-# 32, 128: with float32 states 12.6, 43.5, 161, where Triton takes 17.3, 52.0, 182; with bfloat16
-# 9.6, 26.0, 90.2, and Triton 11.8, 34.4, 114. At B = 1, before either started early, 10.3 and 8.2,
-# and Triton 9.5 and 7.6
-LEAST_ITEMS = 128
 LAYOUTS = 64  # of a step's tensors that are remembered
 
 
 def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> VerifyStep:
     """Return the op; ``deterministic`` sends small batches to the kernel as well."""
     H, HV, V = spec.num_k_heads, spec.num_v_heads, spec.head_v_dim
+    least = 1 if deterministic else least_items(spec)
     triton_step = make_triton_step(spec, device, deterministic=deterministic)
     gated_rms_norm = make_gated_rms_norm(spec, device, deterministic=deterministic)
     strides = lru_cache(LAYOUTS)(strides_of)
-    starts: dict[Kind, Start] = {}
+    starts: dict[Kind, list[tuple[int, Start]]] = {}
 
     def started(
         mixed_qkv: Tensor, a: Tensor, b: Tensor, params: GdnParams, pool: StatePool,
@@ -57,13 +54,14 @@ def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> V
         if pool.conv_state is None or pool.state is None or not is_served(metadata, drafts):
             return None
         kind = kind_of(params, metadata)
-        start = starts.get(kind)
-        if start is None:
+        if kind not in starts:
             # whatever the batch: a warm-up with a small one compiles for all
-            start = starts[kind] = start_of(shape_of(spec, kind), device.arch)
+            starts[kind] = [
+                (most, start_of(shape, device.arch)) for most, shape in shapes_of(spec, kind)
+            ]
         T = mixed_qkv.shape[0]
         items = T // metadata.max_drafts * H
-        if not items or (items < LEAST_ITEMS and not deterministic):
+        if items < least:
             return None
         if out is None:
             out = torch.empty(T, HV, V, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
@@ -72,6 +70,7 @@ def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> V
         numbers = None if steps is None else numbers_of(given, steps, metadata, items)
         if numbers is None:
             return None
+        start = next(start for most, start in starts[kind] if items <= most)
         start(numbers)
         return out
 

@@ -30,7 +30,7 @@ from gdn_backend_triton.launch import (
     refuse_gradients,
 )
 from gdn_backend_triton.launches import Launch
-from gdn_backend_triton.maths import rounded
+from gdn_backend_triton.maths import halves, rounded
 from gdn_backend_triton.sequences import locate, num_programs
 from gdn_backend_triton.taps import strides
 from gdn_portable.interface import ChunkPrefill
@@ -289,10 +289,9 @@ def _bridge(
             k_t, k_k, v_t, v_v, HV, K, False, V_FIRST, PRECISION,
         )  # fmt: skip
         of_map = at * (K * K) + _tile(o_k, 1, row, K, V_FIRST)
-        high = M.to(multiply_high.dtype.element_ty)
-        low = M - high.to(tl.float32)
+        high, low = halves(M, multiply_high.dtype.element_ty)
         tl.store(multiply_high + of_map, high)
-        tl.store(multiply_low + of_map, low.to(multiply_low.dtype.element_ty))
+        tl.store(multiply_low + of_map, low)
 
 
 @triton.jit
@@ -322,8 +321,7 @@ def _fold(
         row = at * (K * K) + o_k[:, None] + o_k[None, :] * K
         high = tl.load(multiply_high + row)
         low = tl.load(multiply_low + row)
-        S_high = S.to(high.dtype)
-        S_low = (S - S_high.to(tl.float32)).to(high.dtype)
+        S_high, S_low = halves(S, high.dtype)
         S = tl.load(add + at * (V * K) + kept)
         S += _left(high, S_high, V_FIRST, PRECISION)
         S += _left(high, S_low, V_FIRST, PRECISION)

@@ -98,3 +98,10 @@ def squares_of(rows):
     """Return the sums of squares of rows [., K]."""
     rows = widened(rows)
     return tl.sum(rows * rows, 1)
+
+
+@triton.jit
+def halves(x, dtype: tl.constexpr):
+    """Return x rounded to ``dtype``, and what that took from it, rounded as well."""
+    high = rounded(x, dtype)
+    return high, rounded(x - widened(high), dtype)

@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from gdn_backend_cuda.cute_replay.kernel import THREADS, compile_for
-from gdn_backend_cuda.cute_replay.plan import Kind, shape_of
+from gdn_backend_cuda.cute_replay.kernel import compile_for
+from gdn_backend_cuda.cute_replay.plan import ANY, Kind, shapes_of
+from gdn_backend_cuda.cute_replay.shape import Shape
 
 from ci.resources.calls import MODELS, Call, P
 from ci.resources.driver import Compiled
-from gdn_portable import GdnSpec
 
 KEY_HEADS = (32, 16, 8)  # beside 32 value heads
 CALL = Kind(has_bias=False, has_accepted=True, float32_dt_bias=True)
@@ -25,14 +25,15 @@ def cute_calls(arch: str, report: Callable[[Compiled], None]) -> Iterator[Call]:
     for layer, spec in MODELS.items():
         for H in KEY_HEADS:
             name = f"verify_step P{P} replay H{H} HV{spec.num_v_heads}"
-            yield Call(layer, name, partial(_replay, replace(spec, num_k_heads=H), arch, report))
+            for most, shape in shapes_of(replace(spec, num_k_heads=H), CALL):
+                batch = name if most == ANY else f"{name}, {most} items"
+                yield Call(layer, batch, partial(_replay, shape, arch, report))
 
 
-def _replay(spec: GdnSpec, arch: str, report: Callable[[Compiled], None]) -> None:
-    shape = shape_of(spec, CALL)
+def _replay(shape: Shape, arch: str, report: Callable[[Compiled], None]) -> None:
     kernel = compile_for(shape, arch, "--keep-ptx --keep-cubin")
     with TemporaryDirectory() as folder:
         files = {kind: Path(folder) / kind for kind in ("ptx", "cubin")}
         files["ptx"].write_text(kernel.__ptx__)
         files["cubin"].write_bytes(kernel.__cubin__)
-        report(Compiled("cute_replay", THREADS // 32, shape.shared, files))
+        report(Compiled("cute_replay", shape.warps, shape.shared, files))

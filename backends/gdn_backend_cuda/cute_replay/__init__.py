@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verification by replay in one persistent kernel for Hopper, in the CuTe DSL."""
+"""Verification by replay in one kernel for Hopper, in the CuTe DSL."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the consumer warps compute of a head's state: products with X, outputs, and the change.
+"""What a warp computes of a tile of the state: products with X, outputs, and the change.
 
 Written in the functions of ``ptx`` alone, as ``solve`` is.
 """

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gdn_backend_cuda.cute_replay.shape import ROOM, K, P, Shape
+from gdn_backend_cuda.cute_replay.shape import ROOM, K, P, Shape, V
 from gdn_portable.metadata import GdnParams, ReplayDrafts, VerifyMetadata
 from gdn_portable.spec import GdnSpec
 
@@ -35,6 +36,25 @@ Given = Sequence[Tensor | None]  # in the order of AXES
 Layout = tuple[tuple[torch.dtype, tuple[int, ...]] | None, ...]  # of what is given
 
 
+class Team(NamedTuple):
+    """Who takes an item: the warps of a block, and how many blocks an SM is to hold."""
+
+    warps: int
+    blocks: int
+
+
+ANY = sys.maxsize
+FEW = 132  # items: each has an SM of an H200 to itself
+# by the most bytes of an item's states, and the most items of a batch. H200, H16/HV32, in us at B =
+# 8, 32, 128: float32 states 12.5, 44.6, 158 with (8, 1), 14.6, 42.6, 157 with (4, 2), 14.5, 43.6,
+# 156 with (8, 2); bfloat16 8.7, 27.0, 87.9, and 10.0, 29.7, 88.8, and 8.5, 26.5, 87.2
+TEAMS: tuple[tuple[int, tuple[tuple[int, Team], ...]], ...] = (
+    (64 << 10, ((ANY, Team(8, 2)),)),
+    (128 << 10, ((FEW, Team(8, 1)), (ANY, Team(4, 2)))),
+    (ANY, ((ANY, Team(8, 1)),)),
+)
+
+
 class Kind(NamedTuple):
     """What a call may leave out or bring in another dtype: each is compiled on its own."""
 
@@ -52,13 +72,29 @@ def kind_of(params: GdnParams, metadata: VerifyMetadata) -> Kind:
     )
 
 
-def shape_of(spec: GdnSpec, kind: Kind) -> Shape:
-    """Return what the kernel is compiled for."""
-    return Shape(
-        H=spec.num_k_heads, HV=spec.num_v_heads, is_float32=spec.state_dtype is torch.float32,
-        pad_slot=spec.pad_slot, scale=spec.q_scale, has_norm=spec.qk_l2norm,
-        has_silu=spec.activation == "silu", **kind._asdict(),
-    )  # fmt: skip
+def shapes_of(spec: GdnSpec, kind: Kind) -> list[tuple[int, Shape]]:
+    """Return up to how many items of a batch what is compiled; their results are the same bits."""
+    heads = spec.num_v_heads // spec.num_k_heads
+    size = heads * K * V * spec.state_dtype.itemsize
+    teams = next(teams for most, teams in TEAMS if size <= most)
+    return [
+        (items, Shape(
+            H=spec.num_k_heads, HV=spec.num_v_heads, is_float32=spec.state_dtype is torch.float32,
+            pad_slot=spec.pad_slot, scale=spec.q_scale, has_norm=spec.qk_l2norm,
+            has_silu=spec.activation == "silu", **kind._asdict(), **team._asdict(),
+        ))
+        for items, team in teams
+    ]  # fmt: skip
+
+
+def least_items(spec: GdnSpec) -> int:
+    """Return from how many items on it is faster than the Triton kernels.
+
+    A block has all value heads of its item, so that few items with many heads leave SMs idle. H200,
+    P = 4, us: H16/HV32, B = 1, 9.4 in Triton and 8.8 here with float32 states, 7.5 and 6.3 with
+    bfloat16; H2/HV8, float32, 10.0 and 13.5 at B = 8, 17.2 and 15.6 at B = 32.
+    """
+    return 64 if spec.num_v_heads > 2 * spec.num_k_heads else 1
 
 
 def tensors_of(

@@ -305,7 +305,6 @@ def wait_read():
     _asm("cp.async.bulk.wait_group.read 0;", [], [])
 
 
-def global_word_if(condition, address):
-    """Load where the condition holds; the result is anything elsewhere."""
-    text = "{ .reg .pred p; setp.ne.s32 p, $1, 0; @p ld.global.s32 $0, [$2]; }"
-    return _asm(text, [Int32], [_flag(condition), Int64(address)])
+def global_word(address):
+    """Load a signed word of global memory."""
+    return _asm("ld.global.s32 $0, [$1];", [Int32], [Int64(address)])

@@ -18,13 +18,10 @@ LOG2_E = 1.4426950408889634
 
 X_ROW = 288  # bytes; 32 beyond a row's: no two lanes of a load use one bank
 V_ROW = 272  # bytes
-ROWS = 16  # of V, what a warp owns of every head
-CONSUMERS = V // ROWS
-SOLVERS = 4  # warps
-MOST_SHARED = 227 * 1024
-MOST_STAGES = 4
-
-SCRATCH = 128  # a solver warp's own words: rows 0..7 and 8..15 of what the substitution takes
+ROWS = 16  # of V, of which a tile has all of K
+SHARED = 228 * 1024  # bytes of an SM, for all its blocks
+DRIVERS = 1024  # of them for each block
+SCRATCH = 128  # words of a head: rows 0..7 and 8..15 of what the substitution takes
 # what is solved of a head, in bytes
 DECAY, LEFT, SOLVED = 3 * 128, 3 * 128 + 64, 512
 
@@ -43,6 +40,8 @@ class Shape:
     has_bias: bool
     has_accepted: bool
     float32_dt_bias: bool
+    warps: int  # of a block: 4 or 8
+    blocks: int  # that an SM is to hold
 
     @property
     def heads(self) -> int:
@@ -51,50 +50,55 @@ class Shape:
 
     @property
     def tile(self) -> int:
-        """Bytes of what a warp owns of a head's state."""
+        """Bytes of a tile of the state."""
         return ROWS * K * (4 if self.is_float32 else 2)
 
     @property
+    def parts(self) -> int:
+        """Tiles of a head that a warp owns."""
+        return V // (ROWS * self.warps)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that a warp owns."""
+        return self.heads * self.parts
+
+    @property
     def values(self) -> int:
-        """Where a buffer's values start."""
+        """Where the values start behind X."""
         return 16 * X_ROW
 
     @property
     def solved(self) -> int:
-        """Where a buffer's solved heads start."""
+        """Where what is solved of the heads starts behind X."""
         return self.values + self.heads * KEYS * V_ROW
 
     @property
-    def buffer(self) -> int:
-        """Bytes of all that is known of an item before its state is."""
-        return self.solved + self.heads * SOLVED
-
-    @property
     def depth(self) -> int:
-        """Stages of a warp's ring."""
-        rest = MOST_SHARED - 1024 - 2 * self.buffer - SOLVERS * SCRATCH * 4
-        most = rest // (CONSUMERS * self.tile)
-        return min(MOST_STAGES, most)
+        """Tiles that a warp holds at a time: all that it owns, or as many as fit."""
+        rest = self.solved + self.heads * (SOLVED + SCRATCH * 4) + 8 * (self.warps * self.tiles + 1)
+        most = SHARED // self.blocks - DRIVERS - rest
+        return min(most // (self.warps * self.tile), self.tiles)
 
     @property
-    def buffers_at(self) -> int:
-        """Where the two buffers start; the rings are in front of them."""
-        return CONSUMERS * self.depth * self.tile
+    def gathered_at(self) -> int:
+        """Where X starts; the warps' stages are in front, the values and the solved behind."""
+        return self.warps * self.depth * self.tile
 
     @property
     def scratch_at(self) -> int:
-        """Where the solvers' own memory starts."""
-        return self.buffers_at + 2 * self.buffer
+        """Where the scratch of the heads starts."""
+        return self.gathered_at + self.solved + self.heads * SOLVED
 
     @property
     def barriers_at(self) -> int:
-        """Where the barriers start: of the stages, then those of each buffer, in their order."""
-        return self.scratch_at + SOLVERS * SCRATCH * 4
+        """Where the barriers start: those of the stages, then the one of what is solved."""
+        return self.scratch_at + self.heads * SCRATCH * 4
 
     @property
     def shared(self) -> int:
         """Bytes of shared memory."""
-        return self.barriers_at + 8 * (CONSUMERS * self.depth + 7)
+        return self.barriers_at + 8 * (self.warps * self.depth + 1)
 
 
 class Tensors(NamedTuple):

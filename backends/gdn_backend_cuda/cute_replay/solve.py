@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the solver warps compute of an item: X, the values, and every head's R x R problem.
+"""What is computed of an item before its state is: X, the values, every head's R x R problem.
 
 All is written in the functions of ``ptx`` alone, passed as ``ops``, so that it also runs on lanes
 in NumPy. Rows of X: 0..3 the pending keys, 4..7 the new keys, 8..11 zeros, 12..15 the new queries.
@@ -32,7 +32,7 @@ from gdn_backend_cuda.cute_replay.shape import (
 
 
 def _channel(ops, shape: Shape, head, n, j):
-    """Return channel ``j`` of q, of k, or of a key head's value head ``n - 2``."""
+    """Return channel ``j`` of vector ``n``: q, k, or v of a key head's value head ``n - 2``."""
     if n < 2:
         return ops.wide(head * K + n * shape.H * K + j)
     return ops.wide((head * shape.heads + (n - 2)) * V + 2 * shape.H * K + j)
@@ -45,10 +45,10 @@ class Filter(NamedTuple):
     offset: Value
 
 
-def fetch_filters(ops, shape: Shape, x: Tensors, head, j) -> list[Filter]:
+def fetch_filters(ops, shape: Shape, x: Tensors, head, j, vectors) -> list[Filter]:
     """Load the convolution's weights of a thread's channels."""
     filters = []
-    for n in range(2 + shape.heads):
+    for n in vectors:
         channel = _channel(ops, shape, head, n, j)
         weight = x.weight + channel * x.weight_d
         factors = [ops.global_u16(weight + i * x.weight_w) for i in range(W)]
@@ -74,20 +74,20 @@ def _kept(ops, shape: Shape, x: Tensors, slot, head, n, j):
     return kept + ops.wide(j) * 2, kept_p
 
 
-def fetch_drafts(ops, shape: Shape, x: Tensors, row, head, j) -> list[Value]:
+def fetch_drafts(ops, shape: Shape, x: Tensors, row, head, j, vectors) -> list[Value]:
     """Load the new inputs of a thread's channels."""
     drafted = []
-    for n in range(2 + shape.heads):
+    for n in vectors:
         at = x.mixed + row * x.mixed_t + _channel(ops, shape, head, n, j) * x.mixed_d
         drafted.append([ops.global_u16(at + t * x.mixed_t) for t in range(P)])
     return drafted
 
 
-def fetch_channels(ops, shape: Shape, x: Tensors, item: Item, j) -> list[Channel]:
+def fetch_channels(ops, shape: Shape, x: Tensors, item: Item, j, vectors) -> list[Channel]:
     """Load what a slot has of a thread's channels."""
     slot, pending, _, head = item
     channels = []
-    for n in range(2 + shape.heads):
+    for n in vectors:
         channel = _channel(ops, shape, head, n, j)
         window = x.window + slot * x.window_s + channel * x.window_d
         inputs = x.inputs + slot * x.inputs_s + channel * 2
@@ -105,16 +105,17 @@ def fetch_channels(ops, shape: Shape, x: Tensors, item: Item, j) -> list[Channel
     return channels
 
 
-def gather(ops, shape: Shape, x: Tensors, item: Item, j, buffer, filters, drafted,
+def gather(ops, shape: Shape, x: Tensors, item: Item, j, buffer, vectors, filters, drafted,
            channels) -> None:  # fmt: skip
-    """Run the convolution on channel ``j`` of q, k and every v, put all into X and the values.
+    """Run the convolution on channel ``j`` of ``vectors``, put all into X and the values.
 
     The new drafts take the place of the pending ones, and the window moves up to the drafts.
     """
     slot, pending, _, head = item
-    for n in range(2 + shape.heads):
-        (factors, offset), (columns, old) = filters[n], channels[n]
-        columns = [*columns, *drafted[n]]
+    for n, (factors, offset), (columns, old), new in zip(
+        vectors, filters, channels, drafted, strict=True
+    ):
+        columns = [*columns, *new]
         factors = [ops.here(factor) for factor in factors]
         channel = _channel(ops, shape, head, n, j)
         window = x.window + slot * x.window_s + channel * x.window_d
@@ -227,7 +228,7 @@ def fetch_pending(ops, x: Tensors, slot, value_head, lane) -> tuple[Value, Value
     return ops.global_float(g), ops.global_float(beta)
 
 
-def decays(ops, shape: Shape, x: Tensors, item: Item, value_head, lane, is_mine, rates: Rates,
+def decays(ops, shape: Shape, x: Tensors, item: Item, value_head, lane, rates: Rates,
            gates: Gates) -> Decays:  # fmt: skip
     """Compute a value head's gates and keep them; return the sums."""
     r, step = lane & 7, lane & 3
@@ -237,7 +238,7 @@ def decays(ops, shape: Shape, x: Tensors, item: Item, value_head, lane, is_mine,
     g = ops.zero() - ops.exp(A_log) * softplus(ops, a + dt_bias)
     beta = ops.one() / (ops.one() + ops.exp(ops.zero() - b))
     ops.sync_warp()  # a lane keeps what is new where another has loaded what is pending
-    is_new = (lane >= ROOM) & (lane < KEYS) & is_mine
+    is_new = (lane >= ROOM) & (lane < KEYS)
     kept_g, kept_beta = _kept_gates(ops, x, item.slot, value_head, lane)
     ops.store_float_if(is_new, kept_g, g)
     ops.store_float_if(is_new, kept_beta, beta)
