@@ -35,7 +35,7 @@ OLDEST = (0, 6, 14)
 OLDEST_PREFILL = (0, 7, 0)  # before, Hopper's takes no slots
 BFLOAT16 = (torch.bfloat16,)  # FlashInfer's decode and verify round float16 to it
 CONV_WIDTH = 4  # of the CuTe kernel
-MOST_RATIO = 4  # of value heads to key heads: from there on its threads spill registers
+MOST_RATIO = 4  # of value heads to key heads: with more the CuTe kernel has not been timed
 
 Probe = Callable[[], str | None]
 
