@@ -81,12 +81,19 @@ def _is_registered(name: str) -> bool:
 
 
 class NumberedPlan(Plans):
-    """A plan that compiled code knows by its number."""
+    """A plan that compiled code knows by its number, with the lengths that the host knows."""
 
-    def __init__(self, sequences: float, parts: tuple[object | None, ...], number: int) -> None:
+    def __init__(
+        self,
+        sequences: float,
+        parts: tuple[object | None, ...],
+        number: int,
+        seq_lens_cpu: Sequence[int] | None,
+    ) -> None:
         """Take the contents of a plan."""
         super().__init__(sequences, parts)
         self.number = number
+        self.seq_lens_cpu = seq_lens_cpu
 
 
 class _NumberedPlans:
@@ -103,19 +110,22 @@ class _NumberedPlans:
             raise InputError("plan_prefill was compiled, needs a call in front of compiled code")
         old = metadata.plan
         self._plan_prefill(metadata)
-        plan = metadata.plan
-        if plan is None or plan is old:
+        plan, lengths = metadata.plan, metadata.seq_lens_cpu
+        own = old if isinstance(old, NumberedPlan) and self._plans.get(old.number) is old else None
+        if plan is own is not None:
+            own.seq_lens_cpu = lengths
+        if plan is old and (plan is not None or lengths is None):
             return
         if isinstance(plan, Plans):
             sequences, parts = plan.sequences, plan.parts
         else:
-            sequences, parts = telling_sequences(metadata), (plan,)
-        if isinstance(old, NumberedPlan) and self._plans.get(old.number) is old:
-            number = old.number
+            sequences, parts = telling_sequences(metadata), () if plan is None else (plan,)
+        if own is not None:
+            number = own.number
         else:
             number = self._next
             self._next += 1
-        metadata.plan = self._plans[number] = NumberedPlan(sequences, parts, number)
+        metadata.plan = self._plans[number] = NumberedPlan(sequences, parts, number, lengths)
 
     def find(self, number: int) -> NumberedPlan | None:
         """Return the plan of a number; of -1, none."""
@@ -153,7 +163,7 @@ def _parts(op: Op) -> tuple[_Part, ...]:
             found.append(_Part(argument, None, "", SCHEMA_TYPES[hint], written))
         for owner in owners:
             for field, kind in FIELDS[owner].items():
-                if field == "seq_lens_cpu":  # a hint to plan_prefill
+                if field == "seq_lens_cpu":  # the plan brings it
                     continue
                 if field == "plan":
                     kind = int
@@ -244,8 +254,11 @@ def _joined(parts: Sequence[_Part], values: Sequence[Any], plans: _NumberedPlans
         if part.owner is None:
             arguments[part.argument] = value
         else:
-            value = plans.find(value) if part.field == "plan" else value
-            fields.setdefault((part.argument, part.owner), {})[part.field] = value
+            of_owner = fields.setdefault((part.argument, part.owner), {})
+            if part.field == "plan":
+                value = plans.find(value)
+                of_owner["seq_lens_cpu"] = None if value is None else value.seq_lens_cpu
+            of_owner[part.field] = value
     for (argument, owner), of_owner in fields.items():
         given = any(value is not None for value in of_owner.values())
         if given or argument not in arguments:

@@ -242,6 +242,34 @@ def test_a_plan_keeps_its_number_and_reaches_the_kernel(monkeypatch: pytest.Monk
     assert seen == [batch.plan]
 
 
+@pytest.mark.parametrize("plans", [True, False], ids=["a plan", "nothing to plan"])
+def test_lengths_on_the_host_reach_the_kernel_with_the_plan(
+    monkeypatch: pytest.MonkeyPatch, plans: bool
+) -> None:
+    seen: list[object] = []
+    plain = bind(SPEC, "cpu")
+
+    def chunk_prefill(*args: Any, metadata: PrefillMetadata, **kwargs: Any) -> Tensor:
+        seen.append(metadata.seq_lens_cpu)
+        return plain.chunk_prefill(*args, metadata=replace(metadata, plan=None), **kwargs)
+
+    kernels = [kernel_of(Op.CHUNK_PREFILL, "fake.chunk", chunk_prefill)]
+    if not plans:
+        kernels.append(kernel_of(Op.PLAN_PREFILL, "fake.plan", lambda metadata: None))
+    ops = _registered(backend=install(monkeypatch, backend_of(*kernels)))
+    arguments = CASES["rule of prefill of one token repeated"].arguments
+    batch = replace(arguments["metadata"], state_indices=torch.tensor([3, 2]))
+
+    for lengths in ([70, 60], [30, 100], None):
+        batch.cu_seqlens = torch.tensor([0, 30 if lengths is None else lengths[0], 130])
+        batch.seq_lens_cpu = lengths
+        ops.plan_prefill(batch)
+        ops.chunk_prefill(**{**arguments, "metadata": batch})
+    ops.chunk_prefill(**{**arguments, "metadata": replace(batch, plan=None)})
+
+    assert seen == [[70, 60], [30, 100], None, None]
+
+
 def test_the_norm_is_traced_whole() -> None:
     ops, x = _ops(), torch.randn(3, 4, 8)
     gate, weight = torch.randn(3, 4, 8), torch.randn(8)
