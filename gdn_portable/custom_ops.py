@@ -112,9 +112,11 @@ class _NumberedPlans:
         self._plan_prefill(metadata)
         plan, lengths = metadata.plan, metadata.seq_lens_cpu
         own = old if isinstance(old, NumberedPlan) and self._plans.get(old.number) is old else None
-        if plan is own is not None:
-            own.seq_lens_cpu = lengths
-        if plan is old and (plan is not None or lengths is None):
+        if plan is None and lengths is None:
+            return
+        if plan is not None and plan is old:
+            if own is not None:
+                own.seq_lens_cpu = lengths
             return
         if isinstance(plan, Plans):
             sequences, parts = plan.sequences, plan.parts

@@ -41,13 +41,14 @@ print(compile_for({shape}, "sm90", "--keep-ptx").__ptx__)
 """
 RATIO2 = replace(SPEC, num_k_heads=1, num_v_heads=2)
 BFLOAT16 = replace(SPEC, num_v_heads=2, state_dtype=torch.bfloat16)
+TILE_BY_TILE, TIES = "fp32 state, tile by tile", "bf16 state, ties"
 # the layer, sequences, who takes an item, and what a call brings
 KINDS: dict[str, tuple[GdnSpec, int, Team, dict[str, bool]]] = {
     "fp32 state, all tiles at once": (RATIO2, 3, Team(8, 1), {"bias": True}),
     "fp32 state, three of four tiles": (RATIO2, 5, Team(4, 2), {"bias": True}),
-    "fp32 state, tile by tile": (RATIO2, 3, Team(8, 2), {}),
+    TILE_BY_TILE: (RATIO2, 3, Team(8, 2), {}),
     "fp32 state, one head": (replace(RATIO2, num_v_heads=1), 3, Team(8, 2), {"fresh": True}),
-    "bf16 state, ties": (BFLOAT16, 5, Team(8, 2), {"ties": True}),
+    TIES: (BFLOAT16, 5, Team(8, 2), {"ties": True}),
 }
 Change = Callable[[Program], Program]
 
@@ -114,9 +115,6 @@ def test_the_compiled_kernel_passes_whatever_lands_when(machine: Machine, kind: 
     machine.check(kind, seed=0)
 
 
-TILE_BY_TILE, BF16 = "fp32 state, tile by tile", "bf16 state, ties"
-
-
 def test_results_are_the_same_bits_whoever_takes_an_item(machine: Machine) -> None:
     machine.seed, machine.change = 0, lambda program: program
     written = []
@@ -134,7 +132,7 @@ WAITS = (
     ("griddepcontrol", 0, TILE_BY_TILE),
     ("bar.sync", 0, TILE_BY_TILE),
     ("try_wait", 0, TILE_BY_TILE),
-    ("try_wait", 1, BF16),
+    ("try_wait", 1, TIES),
     ("wait_group", 0, TILE_BY_TILE),
     ("wait_group", 1, TILE_BY_TILE),
 )

@@ -70,10 +70,10 @@ TILES: Table = {
     ("gfx942", 4): ((256, Tile(8, 8, 8, 1)), (ANY, Tile(16, 16, 8, 1))),
     ("gfx942", 2): ((256, Tile(16, 16, 8, 1)), (ANY, Tile(32, 32, 8, 1))),
 }
-# behind a convolution: the larger a first panel, the longer the convolution's loads queue behind
-# those of states. H200, the same layer, B = 8 / 32 / 128 / 512: 11.8 / 39.1 / 144 / 557 us a step
-# with a float32 state, 7.8 / 23.7 / 78.6 / 302 with bfloat16; with the tiles above, in another run,
-# 12.7 / 40.5 / 144 / 565, and 8.0 / 23.7 / - / -
+# behind a convolution, whose loads may queue behind those of the first panels. H200, the same
+# layer, B = 8 / 32 / 128 / 512: 11.8 / 39.1 / 144 / 557 us a step with a float32 state, 7.8 / 23.7
+# / 78.6 / 302 with bfloat16; with the tiles above, in another run, 12.7 / 40.5 / 144 / 565, and 8.0
+# / 23.7 / - / -
 STEP_TILES: Table = {
     **TILES,
     ("sm90", 4): ((64, Tile(16, 16, 4, 1)), (ANY, Tile(16, 8, 8, 1))),

@@ -46,11 +46,16 @@ from gdn_backend_cuda.cute_replay.shape import (
 NUMBERS = len(Tensors._fields) + 5
 
 
+def _place(shape: Shape, item: Item, warp, n):
+    """Return the value head of tile ``n`` of a warp, and which of the head's tiles it is."""
+    return item.head * shape.heads + n // shape.parts, warp * shape.parts + n % shape.parts
+
+
 def _tile(shape: Shape, x: Tensors, item: Item, warp, n):
     """Return where tile ``n`` of a warp is in the pool."""
-    head = Int64(item.head * shape.heads + n // shape.parts)
-    part = Int64(warp * shape.parts + n % shape.parts)
-    return x.state + item.slot * x.state_s + head * x.state_h + part * shape.tile
+    value_head, part = _place(shape, item, warp, n)
+    state = x.state + item.slot * x.state_s + Int64(value_head) * x.state_h
+    return state + Int64(part) * shape.tile
 
 
 @cute.jit
@@ -73,10 +78,10 @@ def _gather(
 @cute.jit
 def _verify(values, item, shape: cutlass.Constexpr, base, thread, warp, lane):
     x, item = Tensors(*values), Item(*item)
-    depth, heads, parts = shape.depth, shape.heads, shape.parts
+    depth, heads = shape.depth, shape.heads
     stages = base + warp * (depth * shape.tile)
     barriers = base + shape.barriers_at + warp * (depth * 8)
-    is_solved = base + shape.barriers_at + shape.warps * depth * 8
+    is_solved = base + shape.is_solved_at
     gathered = base + shape.gathered_at
     own_head = item.head * heads + ptx.select(warp < heads, warp, Int32(0))
     rates = solve.fetch_rates(ptx, shape, x, own_head)
@@ -103,13 +108,14 @@ def _verify(values, item, shape: cutlass.Constexpr, base, thread, warp, lane):
     for_Y, for_change = apply.operands(ptx, shape, lane, gathered)
     stage, phase = Int32(0), Int32(0)
     for n in cutlass.range(shape.tiles, unroll=1):
-        tile, barrier, head = stages + stage * shape.tile, barriers + stage * 8, n // parts
+        tile, barrier, head = stages + stage * shape.tile, barriers + stage * 8, n // shape.parts
         solved = gathered + shape.solved + head * SOLVED
         ptx.wait(barrier, phase)
         products = apply.multiply(ptx, shape, lane, tile, for_Y)
         ptx.wait(is_solved, 0)
+        value_head, part = _place(shape, item, warp, n)
         D = apply.attend(
-            ptx, x, item, item.head * heads + head, lane, (warp * parts + n % parts) * ROWS,
+            ptx, x, item, value_head, lane, part * ROWS,
             gathered + shape.values + head * (KEYS * V_ROW), solved, products,
         )  # fmt: skip
         if item.pending > 0:
@@ -135,9 +141,8 @@ def _clear(values, item, shape: cutlass.Constexpr, warp, lane):
     """Store the outputs of a padded slot."""
     x, item = Tensors(*values), Item(*item)
     for n in cutlass.range_constexpr(shape.tiles):
-        head = item.head * shape.heads + n // shape.parts
-        first_row = (warp * shape.parts + n % shape.parts) * ROWS
-        apply.zeros(ptx, x, item, head, lane, first_row)
+        value_head, part = _place(shape, item, warp, n)
+        apply.zeros(ptx, x, item, value_head, lane, part * ROWS)
 
 
 @cute.kernel
@@ -152,7 +157,7 @@ def _replay(values, shape: cutlass.Constexpr, indices, indices_b, accepted, acce
         for n in cutlass.range_constexpr(shape.depth):
             ptx.create(barriers + (warp * shape.depth + n) * 8, 1)
         if warp == 0:
-            ptx.create(barriers + shape.warps * shape.depth * 8, shape.heads)
+            ptx.create(base + shape.is_solved_at, shape.heads)
         ptx.fence_created()
     if thread < 4 * X_ROW // 16:
         no_rows = base + (shape.gathered_at + KEYS * X_ROW)

@@ -92,13 +92,18 @@ class Shape:
 
     @property
     def barriers_at(self) -> int:
-        """Where the barriers start: those of the stages, then the one of what is solved."""
+        """Where the barriers of the stages start, warp by warp."""
         return self.scratch_at + self.heads * SCRATCH * 4
+
+    @property
+    def is_solved_at(self) -> int:
+        """Where the barrier of what is solved is."""
+        return self.barriers_at + self.warps * self.depth * 8
 
     @property
     def shared(self) -> int:
         """Bytes of shared memory."""
-        return self.barriers_at + 8 * (self.warps * self.depth + 1)
+        return self.is_solved_at + 8
 
 
 class Tensors(NamedTuple):

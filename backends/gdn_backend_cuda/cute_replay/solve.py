@@ -233,7 +233,7 @@ def decays(ops, shape: Shape, x: Tensors, item: Item, value_head, lane, rates: R
     """Compute a value head's gates and keep them; return the sums."""
     r, step = lane & 7, lane & 3
     a, b = ops.low_bf16(ops.here(gates.a)), ops.low_bf16(ops.here(gates.b))
-    A_log = ops.shuffle(rates.A_log, lane)  # nothing waits in front of a loop for its load
+    A_log = ops.shuffle(rates.A_log, lane)  # nothing waits where it is loaded
     dt_bias = rates.dt_bias if shape.float32_dt_bias else ops.low_bf16(rates.dt_bias)
     g = ops.zero() - ops.exp(A_log) * softplus(ops, a + dt_bias)
     beta = ops.one() / (ops.one() + ops.exp(ops.zero() - b))
