@@ -31,6 +31,8 @@ def replay_case(
     ties: bool = False,
     fresh: bool = False,
     gate: bool = False,
+    P: int = P,
+    room: int | None = None,
     seed: int = 0,
 ) -> Case:
     """Return chains with every count of pending drafts, some padded, and strides of all sorts.
@@ -42,13 +44,15 @@ def replay_case(
         ties: repeat tokens, and let decays be strong or none.
         fresh: give no counts, which is none pending; slots are int32.
         gate: end with the gated norm.
+        P: drafts of a sequence.
+        room: for drafts that are pending; None as many.
         seed: of all numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     H, HV, K, V, D = (
         spec.num_k_heads, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim, spec.conv_dim,
     )  # fmt: skip
-    slots, dtype = B + SPARE, spec.dtype
+    slots, dtype, room = B + SPARE, spec.dtype, room or P
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
@@ -63,8 +67,8 @@ def replay_case(
     mixed = normal(B * P, D + 16)[:, :D]
     a, b = normal(B * P, 2 * HV)[:, ::2], normal(B * P, 2 * HV)[:, 1::2]
     if ties:
-        mixed[1::P] = mixed[::P]
-        mixed[2::P] = mixed[::P]
+        for t in range(1, min(P, 3)):
+            mixed[t::P] = mixed[::P]
         a *= 40
     params = GdnParams(
         conv_weight=normal(D, spec.conv_width) * 0.5,
@@ -75,14 +79,14 @@ def replay_case(
     )
     pool = StatePool.allocate(spec, slots, "cpu", paged=True)
     assert pool.conv_state is not None and pool.state is not None
-    drafts = ReplayDrafts.allocate(spec, slots, P, "cpu")
-    drafts.k, drafts.v = normal(slots, P, H, K), normal(slots, P, HV, V)
-    drafts.g, drafts.beta = -uniform(slots, P, HV, high=2.0), uniform(slots, P, HV)
-    drafts.conv_inputs = normal(slots, P, D)
+    drafts = ReplayDrafts.allocate(spec, slots, room, "cpu")
+    drafts.k, drafts.v = normal(slots, room, H, K), normal(slots, room, HV, V)
+    drafts.g, drafts.beta = -uniform(slots, room, HV, high=2.0), uniform(slots, room, HV)
+    drafts.conv_inputs = normal(slots, room, D)
     for tensor in (pool.conv_state, pool.state):
         tensor.fill_(torch.nan)
         tensor[live] = normal(len(live), *tensor.shape[1:], dtype=tensor.dtype)
-    metadata = VerifyMetadata(indices[:, 0], P, num_accepted=torch.arange(B) % (P + 1))
+    metadata = VerifyMetadata(indices[:, 0], P, num_accepted=torch.arange(B) % (room + 1))
     if fresh:
         metadata = VerifyMetadata(indices[:, 0].int(), P)
     arguments: dict[str, Any] = {

@@ -15,7 +15,6 @@ import pytest
 from gdn_backend_cuda.cute_replay import apply, solve
 from gdn_backend_cuda.cute_replay.shape import (
     KEYS,
-    ROOM,
     ROWS,
     SCRATCH,
     SOLVED,
@@ -23,7 +22,6 @@ from gdn_backend_cuda.cute_replay.shape import (
     X_ROW,
     Item,
     K,
-    P,
     Shape,
     Tensors,
     V,
@@ -87,8 +85,8 @@ def run(shape: Shape, memory: Space, numbers: Sequence[int]) -> None:
         sequence, head = divmod(n, shape.H)
         slot = word(indices + sequence * indices_b)
         pending = word(accepted + sequence * accepted_b) if shape.has_accepted else 0
-        pending = min(max(pending, 0), ROOM)
-        item = Item(np.int64(slot), np.int64(pending), np.int64(sequence * P), head)
+        pending = min(max(pending, 0), shape.room)
+        item = Item(np.int64(slot), np.int64(pending), np.int64(sequence * shape.drafts), head)
         lanes.space.data[:] = 0xFF  # NaN
         zeros = shape.gathered_at + KEYS * X_ROW
         lanes.space.data[zeros : zeros + 4 * X_ROW] = 0
@@ -107,8 +105,8 @@ def _solve(lanes: Lanes, shape: Shape, x: Tensors, item: Item) -> None:
     lanes.lanes = len(lane)
     for n in range(shape.heads):
         head = item.head * shape.heads + n
-        new = solve.fetch_new_gates(lanes, x, item.row, head, lane)
-        gates = solve.Gates(*new, *solve.fetch_pending(lanes, x, item.slot, head, lane))
+        new = solve.fetch_new_gates(lanes, shape, x, item.row, head, lane)
+        gates = solve.Gates(*new, *solve.fetch_pending(lanes, shape, x, item.slot, head, lane))
         rates = solve.fetch_rates(lanes, shape, x, head)
         decays = solve.decays(lanes, shape, x, item, head, lane, rates, gates)
         products = solve.products(lanes, lane, buffer)
@@ -124,7 +122,7 @@ def _apply(lanes: Lanes, shape: Shape, x: Tensors, item: Item) -> None:
         for n in range(shape.heads):
             head, first_row = item.head * shape.heads + n, part * ROWS
             if item.slot <= shape.pad_slot:
-                apply.zeros(lanes, x, item, head, lane, first_row)
+                apply.zeros(lanes, shape, x, item, head, lane, first_row)
                 continue
             solved = buffer + shape.solved + n * SOLVED
             values = buffer + shape.values + n * KEYS * V_ROW
@@ -133,7 +131,7 @@ def _apply(lanes: Lanes, shape: Shape, x: Tensors, item: Item) -> None:
             staged = lanes.space.data[tile : tile + shape.tile].reshape(rows.shape)
             staged[:] = lanes.memory.data[rows]
             products = apply.multiply(lanes, shape, lane, tile, for_Y)
-            D = apply.attend(lanes, x, item, head, lane, first_row, values, solved, products)
+            D = apply.attend(lanes, shape, x, item, head, lane, first_row, values, solved, products)
             if item.pending > 0:
                 apply.update(lanes, shape, lane, tile, solved, D, for_change)
                 lanes.memory.data[rows] = staged

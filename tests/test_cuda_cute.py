@@ -29,7 +29,7 @@ BFLOAT16 = replace(SPEC, state_dtype=torch.bfloat16)
 LAYER = replace(SPEC, num_k_heads=16, num_v_heads=32)  # of Qwen3-Next
 SPECS = {"fp32 state": SPEC, "bf16 state": BFLOAT16}
 VERIFIES = [case.name for case in cases(SPEC) if case.op is Op.VERIFY_STEP]
-KINDS: dict[str, tuple[GdnSpec, int, dict[str, bool]]] = {
+KINDS: dict[str, tuple[GdnSpec, int, dict[str, int]]] = {
     "fp32": (SPEC, 6, {}),
     "fp32, bias, ties, gate": (SPEC, 6, {"bias": True, "ties": True, "gate": True}),
     "fp32, none pending": (SPEC, 6, {"fresh": True}),
@@ -38,6 +38,10 @@ KINDS: dict[str, tuple[GdnSpec, int, dict[str, bool]]] = {
     "fp32, ratio 3, null block": (replace(SPEC, num_v_heads=6, pad_slot=0), 40, {"bias": True}),
     "fp32, ratio 4, ties": (replace(SPEC, num_v_heads=8), 40, {"bias": True, "ties": True}),
     "fp32, Qwen3-Next": (LAYER, 48, {"bias": True, "ties": True}),
+    "fp32, three drafts": (SPEC, 6, {"P": 3, "ties": True, "gate": True}),
+    "fp32, two drafts, room for three": (SPEC, 6, {"P": 2, "room": 3, "bias": True}),
+    "bf16, one draft, room for four": (BFLOAT16, 6, {"P": 1, "room": 4}),
+    "bf16, Qwen3-Next, three drafts": (replace(LAYER, state_dtype=torch.bfloat16), 48, {"P": 3}),
     "bf16": (BFLOAT16, 6, {}),
     "bf16, no activation": (replace(BFLOAT16, activation=None), 6, {"bias": True}),
     "bf16, ratio 4": (replace(BFLOAT16, num_v_heads=8), 40, {"gate": True}),

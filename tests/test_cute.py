@@ -225,7 +225,7 @@ ROWS = ("mixed_qkv", "a", "b", "out")
 OTHERS: dict[str, Callable[[Call], Call]] = {
     "fewer sequences": lambda call: _call(5),
     "no sequences": lambda call: {**call, **{name: call[name][:0] for name in ROWS}},
-    "chains of three": lambda call: _with(call, "metadata", max_drafts=3),
+    "chains of five": lambda call: _with(call, "metadata", max_drafts=5),
     "chains of many lengths": lambda call: _with(
         call, "metadata", cu_seqlens=torch.arange(7) * 4
     ),
@@ -315,7 +315,7 @@ def test_a_small_batch_compiles_what_a_large_one_needs(monkeypatch: pytest.Monke
 def test_how_many_warps_take_an_item_goes_by_its_states_and_the_batch(
     change: dict[str, Any], by_items: dict[int, tuple[int, int]]
 ) -> None:
-    shapes = shapes_of(replace(SPEC, **change), Kind(False, True, True))
+    shapes = shapes_of(replace(SPEC, **change), Kind(False, True, True, P, P))
 
     for items, team in by_items.items():
         shape = next(shape for most, shape in shapes if items <= most)

@@ -18,7 +18,7 @@ from tests.cute_cases import SPEC, replay_case
 from tests.cute_double import HOPPER, Double
 
 BFLOAT16 = replace(SPEC, state_dtype=torch.bfloat16)
-KINDS: dict[str, tuple[GdnSpec, dict[str, bool]]] = {
+KINDS: dict[str, tuple[GdnSpec, dict[str, int]]] = {
     "fp32 state": (SPEC, {}),
     "fp32 state, ties": (SPEC, {"ties": True, "bias": True}),
     "fp32 state, none pending": (replace(SPEC, num_v_heads=2), {"fresh": True}),
@@ -26,6 +26,9 @@ KINDS: dict[str, tuple[GdnSpec, dict[str, bool]]] = {
         replace(BFLOAT16, num_k_heads=1),
         {"ties": True, "bias": True},
     ),
+    "fp32 state, three drafts, ties": (SPEC, {"P": 3, "ties": True}),
+    "fp32 state, two drafts, room for three": (SPEC, {"P": 2, "room": 3, "bias": True}),
+    "bf16 state, one draft, room for four": (BFLOAT16, {"P": 1, "room": 4}),
     "bf16 state, no norm, null block": (
         replace(BFLOAT16, num_v_heads=2, qk_l2norm=False, pad_slot=0, activation=None),
         {},
@@ -35,7 +38,7 @@ KINDS: dict[str, tuple[GdnSpec, dict[str, bool]]] = {
 
 @pytest.mark.parametrize(("spec", "options"), KINDS.values(), ids=KINDS)
 def test_the_kernels_maths_passes(
-    monkeypatch: pytest.MonkeyPatch, spec: GdnSpec, options: dict[str, bool]
+    monkeypatch: pytest.MonkeyPatch, spec: GdnSpec, options: dict[str, int]
 ) -> None:
     double = Double(monkeypatch)
     monkeypatch.setattr(double.launcher, "least_items", lambda spec: 1)

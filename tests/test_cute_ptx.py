@@ -43,12 +43,15 @@ RATIO2 = replace(SPEC, num_k_heads=1, num_v_heads=2)
 BFLOAT16 = replace(SPEC, num_v_heads=2, state_dtype=torch.bfloat16)
 TILE_BY_TILE, TIES = "fp32 state, tile by tile", "bf16 state, ties"
 # the layer, sequences, who takes an item, and what a call brings
-KINDS: dict[str, tuple[GdnSpec, int, Team, dict[str, bool]]] = {
+KINDS: dict[str, tuple[GdnSpec, int, Team, dict[str, int]]] = {
     "fp32 state, all tiles at once": (RATIO2, 3, Team(8, 1), {"bias": True}),
     "fp32 state, three of four tiles": (RATIO2, 5, Team(4, 2), {"bias": True}),
     TILE_BY_TILE: (RATIO2, 3, Team(8, 2), {}),
     "fp32 state, one head": (replace(RATIO2, num_v_heads=1), 3, Team(8, 2), {"fresh": True}),
+    "fp32 state, three drafts": (RATIO2, 5, Team(4, 2), {"P": 3, "ties": True}),
     TIES: (BFLOAT16, 5, Team(8, 2), {"ties": True}),
+    "bf16 state, two drafts, room for three": (BFLOAT16, 5, Team(8, 2), {"P": 2, "room": 3}),
+    "bf16 state, one draft": (BFLOAT16, 3, Team(8, 2), {"P": 1}),
 }
 Change = Callable[[Program], Program]
 

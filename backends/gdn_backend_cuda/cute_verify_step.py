@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A layer's verification of drafts by replay in one kernel, the states read and written once.
 
-It takes chains of 4 drafts with room for 4 that are pending, everything in bfloat16 but the state,
-the gates that are kept and the rates. Calls for anything else go to the Triton kernels: other
-protocols, trees, chains of different lengths or of another length, other dtypes and strides, and
+It takes chains of up to 4 drafts with room for up to 4 that are pending, everything in bfloat16 but
+the state, the gates that are kept and the rates. Calls for anything else go to the Triton kernels:
+other protocols, trees, chains of different lengths or longer ones, other dtypes and strides, and
 batches so small that those are faster. Calls that are wrong go there too, to be refused.
 """
 
@@ -53,7 +53,7 @@ def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> V
         """Start the kernel and return the outputs; None where it does not serve the call."""
         if pool.conv_state is None or pool.state is None or not is_served(metadata, drafts):
             return None
-        kind = kind_of(params, metadata)
+        kind = kind_of(params, metadata, drafts)
         if kind not in starts:
             # whatever the batch: a warm-up with a small one compiles for all
             starts[kind] = [

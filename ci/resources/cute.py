@@ -17,7 +17,7 @@ from ci.resources.calls import MODELS, Call, P
 from ci.resources.driver import Compiled
 
 KEY_HEADS = (32, 16, 8)  # beside 32 value heads
-CALL = Kind(has_bias=False, has_accepted=True, float32_dt_bias=True)
+CALL = Kind(has_bias=False, has_accepted=True, float32_dt_bias=True, drafts=P, room=P)
 
 
 def cute_calls(arch: str, report: Callable[[Compiled], None]) -> Iterator[Call]:

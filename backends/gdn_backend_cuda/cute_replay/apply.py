@@ -114,7 +114,9 @@ def multiply(ops, shape: Shape, lane, tile, for_Y):
     return products
 
 
-def attend(ops, x: Tensors, item: Item, value_head, lane, first_row, values, solved, products):
+def attend(
+    ops, shape: Shape, x: Tensors, item: Item, value_head, lane, first_row, values, solved, products
+):
     """Compute Y and D of a warp's rows, store outputs; return what multiplies X in the change."""
     g, t = lane >> 2, lane & 3
     zeros = (ops.zero(),) * 4
@@ -135,10 +137,11 @@ def attend(ops, x: Tensors, item: Item, value_head, lane, first_row, values, sol
             D = ops.product8((low, high), factors[j], D)
     o = [Y[1][i] + D[i] for i in range(4)]
     out = x.out + ops.wide(value_head) * x.out_h + ops.wide(first_row + g * 2) * 2
-    token = item.row + ops.wide(ops.select(t < 2, t, t * 2 - 4))
-    is_query = t >= 2
-    ops.store_word_if(is_query, out + token * x.out_t, ops.round_bf16(o[0], o[2]))
-    ops.store_word_if(is_query, out + (token + 1) * x.out_t, ops.round_bf16(o[1], o[3]))
+    draft = ops.select(t < 2, t, t * 2 - 4)
+    at = out + (item.row + ops.wide(draft)) * x.out_t
+    for i in range(2):
+        is_query = (t >= 2) & (draft + i < shape.drafts)
+        ops.store_word_if(is_query, at + i * x.out_t, ops.round_bf16(o[i], o[2 + i]))
     left = [ops.as_float(w) for w in ops.shared_words(solved + LEFT + t * 8, 2)]
     nothing = ops.zero()
     return tuple(ops.select(t < 2, D[i] * left[i & 1], nothing) for i in range(4))
@@ -184,9 +187,9 @@ def update(ops, shape: Shape, lane, tile, solved, D, for_change) -> None:
         _put_chunks(ops, at + pitch, is_odd, n, high_words[:4], high_words[4:])
 
 
-def zeros(ops, x: Tensors, item: Item, value_head, lane, first_row) -> None:
+def zeros(ops, shape: Shape, x: Tensors, item: Item, value_head, lane, first_row) -> None:
     """Store the outputs of a padded slot."""
     g, t = lane >> 2, lane & 3
     out = x.out + ops.wide(value_head) * x.out_h + ops.wide(first_row + g * 2) * 2
     token = item.row + ops.wide(t)
-    ops.store_word_if(t >= 0, out + token * x.out_t, ops.no_bits())
+    ops.store_word_if(t < shape.drafts, out + token * x.out_t, ops.no_bits())

@@ -30,7 +30,6 @@ from cutlass._mlir.dialects import llvm
 from gdn_backend_cuda.cute_replay import apply, ptx, solve
 from gdn_backend_cuda.cute_replay.shape import (
     KEYS,
-    ROOM,
     ROWS,
     SCRATCH,
     SOLVED,
@@ -38,7 +37,6 @@ from gdn_backend_cuda.cute_replay.shape import (
     X_ROW,
     Item,
     K,
-    P,
     Shape,
     Tensors,
 )
@@ -85,8 +83,8 @@ def _verify(values, item, shape: cutlass.Constexpr, base, thread, warp, lane):
     gathered = base + shape.gathered_at
     own_head = item.head * heads + ptx.select(warp < heads, warp, Int32(0))
     rates = solve.fetch_rates(ptx, shape, x, own_head)
-    new = solve.fetch_new_gates(ptx, x, item.row, own_head, lane)
-    old = solve.fetch_pending(ptx, x, item.slot, own_head, lane)
+    new = solve.fetch_new_gates(ptx, shape, x, item.row, own_head, lane)
+    old = solve.fetch_pending(ptx, shape, x, item.slot, own_head, lane)
     # a thread has a channel of every vector or, with 8 warps, of every other one
     halves = shape.warps * 32 // K
     for half in cutlass.range_constexpr(halves):
@@ -115,7 +113,7 @@ def _verify(values, item, shape: cutlass.Constexpr, base, thread, warp, lane):
         ptx.wait(is_solved, 0)
         value_head, part = _place(shape, item, warp, n)
         D = apply.attend(
-            ptx, x, item, value_head, lane, part * ROWS,
+            ptx, shape, x, item, value_head, lane, part * ROWS,
             gathered + shape.values + head * (KEYS * V_ROW), solved, products,
         )  # fmt: skip
         if item.pending > 0:
@@ -142,7 +140,7 @@ def _clear(values, item, shape: cutlass.Constexpr, warp, lane):
     x, item = Tensors(*values), Item(*item)
     for n in cutlass.range_constexpr(shape.tiles):
         value_head, part = _place(shape, item, warp, n)
-        apply.zeros(ptx, x, item, value_head, lane, part * ROWS)
+        apply.zeros(ptx, shape, x, item, value_head, lane, part * ROWS)
 
 
 @cute.kernel
@@ -170,8 +168,8 @@ def _replay(values, shape: cutlass.Constexpr, indices, indices_b, accepted, acce
     if cutlass.const_expr(shape.has_accepted):
         pending = ptx.global_word(accepted + Int64(sequence) * accepted_b)
         pending = ptx.select(pending < 0, Int32(0), pending)
-        pending = ptx.select(pending > ROOM, Int32(ROOM), pending)
-    item = (Int64(slot), pending, Int64(sequence) * P, index % shape.H)
+        pending = ptx.select(pending > shape.room, Int32(shape.room), pending)
+    item = (Int64(slot), pending, Int64(sequence) * shape.drafts, index % shape.H)
     if slot > shape.pad_slot:
         _verify(values, item, shape, base, thread, warp, lane)
     else:

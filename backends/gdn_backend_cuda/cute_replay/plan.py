@@ -56,19 +56,23 @@ TEAMS: tuple[tuple[int, tuple[tuple[int, Team], ...]], ...] = (
 
 
 class Kind(NamedTuple):
-    """What a call may leave out or bring in another dtype: each is compiled on its own."""
+    """What calls differ in: each kind is compiled on its own."""
 
     has_bias: bool
     has_accepted: bool
     float32_dt_bias: bool
+    drafts: int
+    room: int
 
 
-def kind_of(params: GdnParams, metadata: VerifyMetadata) -> Kind:
+def kind_of(params: GdnParams, metadata: VerifyMetadata, drafts: ReplayDrafts) -> Kind:
     """Return the kind of a call."""
     return Kind(
         params.conv_bias is not None,
         metadata.num_accepted is not None,
         params.dt_bias.dtype is torch.float32,
+        metadata.max_drafts,
+        drafts.k.shape[1],
     )
 
 
@@ -109,12 +113,12 @@ def tensors_of(
 
 
 def is_served(metadata: VerifyMetadata, drafts: ReplayDrafts) -> bool:
-    """Return whether a batch is of chains of P drafts, with room for P that are pending."""
+    """Return whether a batch is of chains of as many drafts each, few enough, also the pending."""
     return (
-        metadata.max_drafts == P
+        1 <= metadata.max_drafts <= P
         and metadata.cu_seqlens is None
         and not metadata.is_tree
-        and drafts.k.shape[1] == ROOM
+        and metadata.max_drafts <= drafts.k.shape[1] <= ROOM
     )
 
 

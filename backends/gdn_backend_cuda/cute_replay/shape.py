@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 Value = Any
 
 K = V = 128
-P = ROOM = 4
+P = ROOM = 4  # drafts of a step, and those that are pending, at most
 KEYS = P + ROOM
 W = 4
 TERMS = 3
@@ -40,6 +40,8 @@ class Shape:
     has_bias: bool
     has_accepted: bool
     float32_dt_bias: bool
+    drafts: int  # of a sequence: 1 to P
+    room: int  # for drafts that are pending: 1 to ROOM
     warps: int  # of a block: 4 or 8
     blocks: int  # that an SM is to hold
 

@@ -79,7 +79,7 @@ def fetch_drafts(ops, shape: Shape, x: Tensors, row, head, j, vectors) -> list[V
     drafted = []
     for n in vectors:
         at = x.mixed + row * x.mixed_t + _channel(ops, shape, head, n, j) * x.mixed_d
-        drafted.append([ops.global_u16(at + t * x.mixed_t) for t in range(P)])
+        drafted.append([ops.global_u16(at + t * x.mixed_t) for t in range(shape.drafts)])
     return drafted
 
 
@@ -100,7 +100,7 @@ def fetch_channels(ops, shape: Shape, x: Tensors, item: Item, j, vectors) -> lis
         old = []
         if n >= 1:
             kept, kept_p = _kept(ops, shape, x, slot, head, n, j)
-            old = [ops.global_u16(kept + r * kept_p) for r in range(ROOM)]
+            old = [ops.global_u16(kept + r * kept_p) for r in range(shape.room)]
         channels.append(Channel(columns, old))
     return channels
 
@@ -128,7 +128,11 @@ def gather(ops, shape: Shape, x: Tensors, item: Item, j, buffer, vectors, filter
         for r, word in enumerate(old):
             word = ops.select(pending > r, word, ops.no_bits())
             ops.put_u16(target + r * pitch, word)
-        for t in range(P):
+        first = 12 if n == 0 else ROOM
+        no_rows = [*range(len(old), ROOM)] if n else []
+        for r in (*no_rows, *range(first + shape.drafts, first + P)):
+            ops.put_u16(target + r * pitch, ops.no_bits())
+        for t in range(shape.drafts):
             y = ops.zero() if offset is None else ops.low_bf16(ops.here(offset))
             for i in range(W):
                 y = y + ops.low_bf16(columns[t + i]) * ops.low_bf16(factors[i])
@@ -136,14 +140,13 @@ def gather(ops, shape: Shape, x: Tensors, item: Item, j, buffer, vectors, filter
                 root = ops.reciprocal_root(ops.exp2(y * ops.number(-LOG2_E)) + ops.one())
                 y = y * root * root
             word = ops.round_bf16(y, ops.zero())
-            first = 12 if n == 0 else ROOM
             ops.put_u16(target + (first + t) * pitch, word)
             if n >= 1:
                 kept, kept_p = _kept(ops, shape, x, slot, head, n, j)
                 ops.store_u16_if(pending >= 0, kept + t * kept_p, word)
         for i in range(W - 1):
             ops.store_u16_if(pending > 0, window + i * x.window_l, columns[i])
-        for t in range(P):
+        for t in range(shape.drafts):
             ops.store_u16_if(pending >= 0, inputs + t * x.inputs_p, columns[W - 1 + t])
 
 
@@ -181,7 +184,10 @@ class Rates(NamedTuple):
 
 
 class Gates(NamedTuple):
-    """What a lane has loaded of a value head's gates, of step ``lane % 4``: new, then pending."""
+    """What a lane has loaded of a value head's gates, of step ``lane % 4``: new, then pending.
+
+    Where there is no such step, of the last one there is.
+    """
 
     a: Value
     b: Value
@@ -206,25 +212,30 @@ def fetch_rates(ops, shape: Shape, x: Tensors, value_head) -> Rates:
     return Rates(A_log, ops.global_u16(x.dt_bias + head * 2))
 
 
-def _kept_gates(ops, x: Tensors, slot, value_head, lane):
+def _step(ops, lane, count: int):
+    step = lane & 3
+    return ops.wide(step if count == P else ops.select(step < count, step, step * 0 + (count - 1)))
+
+
+def _kept_gates(ops, shape: Shape, x: Tensors, slot, value_head, lane):
     """Return where g and beta are kept."""
-    head, step = ops.wide(value_head), ops.wide(lane & 3)
+    head, step = ops.wide(value_head), _step(ops, lane, shape.room)
     g = x.kept_g + slot * x.kept_g_s + step * x.kept_g_p + head * x.kept_g_h
     beta = x.kept_beta + slot * x.kept_beta_s + step * x.kept_beta_p + head * x.kept_beta_h
     return g, beta
 
 
-def fetch_new_gates(ops, x: Tensors, row, value_head, lane) -> tuple[Value, Value]:
+def fetch_new_gates(ops, shape: Shape, x: Tensors, row, value_head, lane) -> tuple[Value, Value]:
     """Load a value head's new gates."""
-    head, token = ops.wide(value_head), row + ops.wide(lane & 3)
+    head, token = ops.wide(value_head), row + _step(ops, lane, shape.drafts)
     a = ops.global_u16(x.a + token * x.a_t + head * x.a_h)
     b = ops.global_u16(x.b + token * x.b_t + head * x.b_h)
     return a, b
 
 
-def fetch_pending(ops, x: Tensors, slot, value_head, lane) -> tuple[Value, Value]:
+def fetch_pending(ops, shape: Shape, x: Tensors, slot, value_head, lane) -> tuple[Value, Value]:
     """Load a value head's pending gates."""
-    g, beta = _kept_gates(ops, x, slot, value_head, lane)
+    g, beta = _kept_gates(ops, shape, x, slot, value_head, lane)
     return ops.global_float(g), ops.global_float(beta)
 
 
@@ -238,11 +249,14 @@ def decays(ops, shape: Shape, x: Tensors, item: Item, value_head, lane, rates: R
     g = ops.zero() - ops.exp(A_log) * softplus(ops, a + dt_bias)
     beta = ops.one() / (ops.one() + ops.exp(ops.zero() - b))
     ops.sync_warp()  # a lane keeps what is new where another has loaded what is pending
-    is_new = (lane >= ROOM) & (lane < KEYS)
-    kept_g, kept_beta = _kept_gates(ops, x, item.slot, value_head, lane)
+    is_new = (lane >= ROOM) & (lane < ROOM + shape.drafts)
+    kept_g, kept_beta = _kept_gates(ops, shape, x, item.slot, value_head, lane)
     ops.store_float_if(is_new, kept_g, g)
     ops.store_float_if(is_new, kept_beta, beta)
     nothing = ops.zero()
+    if shape.drafts < P:
+        g = ops.select(step < shape.drafts, g, nothing)
+        beta = ops.select(step < shape.drafts, beta, nothing)
     g = ops.select(r < ROOM, ops.select(step < item.pending, gates.g, nothing), g)
     beta = ops.select(r < ROOM, ops.select(step < item.pending, gates.beta, nothing), beta)
     # sums of multiples of 2^-10 are exact; below -104 exp is 0
