@@ -123,6 +123,40 @@ def test_a_long_prefill_of_unit_keys_remembers_what_it_should(spec: GdnSpec) -> 
     case.check(_bound(spec, "triton"))
 
 
+@pytest.mark.parametrize("norms", [True, False])
+@pytest.mark.parametrize("keeps", [True, False], ids=["checkpoints", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_deterministic_prefill_has_the_same_bits_in_half_heads_and_in_whole_ones(
+    dtype: torch.dtype, keeps: bool, norms: bool
+) -> None:
+    spec = replace(SPEC, num_k_heads=16, num_v_heads=32, dtype=dtype, qk_l2norm=norms)
+    ops = bind(spec, "cuda", backend="triton", deterministic=True)
+    lengths, generator = (1000, 64, 700), torch.Generator("cuda").manual_seed(0)
+    T = sum(lengths)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    q, k = (torch.nn.functional.normalize(normal(T, 16, 128), dim=-1).to(dtype) for _ in range(2))
+    v, g = normal(T, 32, 128).to(dtype), -normal(T, 32).abs()
+    beta, state = normal(T, 32).sigmoid(), normal(8, 32, 128, 128)
+    results = []
+    for count in (1, 3):
+        rows, pool = sum(lengths[:count]), state.clone()
+        metadata = PrefillMetadata(
+            cu_seqlens=torch.tensor((0, *lengths[:count]), device="cuda").cumsum(0),
+            state_indices=torch.arange(count, device="cuda"),
+            checkpoint_offsets=torch.full((count,), 64, device="cuda") if keeps else None,
+            checkpoint_indices=torch.arange(5, 5 + count, device="cuda") if keeps else None,
+            seq_lens_cpu=lengths[:count],
+        )
+        out = ops.chunk_prefill(*(x[:rows] for x in (q, k, v, g, beta)), pool, metadata=metadata)
+        results.append((out[:1000], pool[0], pool[5]))
+
+    for alone, together in zip(*results, strict=True):
+        assert torch.equal(alone, together)
+
+
 def test_a_state_that_keys_made_grow_is_not_forgotten() -> None:
     spec = replace(UNIT_KEYS, dtype=torch.float32)
     call = of_growing_states(spec)
