@@ -21,12 +21,14 @@ from gdn_portable.bench.cases import (
     FRONT_END,
     LAYER,
     OPS,
+    VERIFY_OPS,
     Case,
     Gates,
     all_cases,
     cases_of,
     default_cases,
     select_cases,
+    with_drafts,
 )
 from gdn_portable.bench.floors import Rates, Work, floor_of, work_of
 from gdn_portable.bench.inputs import Slots, draw_params, gates_of
@@ -219,6 +221,19 @@ def test_every_op_gives_a_row_on_the_reference() -> None:
     assert [row.error for row in rows if row.error] == []
     assert {row.case.protocol for row in rows} == {None, *DraftProtocol}
     assert {warning for row in rows for warning in row.warnings} == set()
+
+
+@pytest.mark.parametrize("drafts", [1, 2, 6])
+def test_a_verify_of_any_number_of_drafts_gives_a_row(drafts: int) -> None:
+    cases = {
+        with_drafts(replace(case, lengths=case.lengths[:2]), drafts)
+        for case in cases_of(SMALL)
+        if case.op in VERIFY_OPS
+    }
+    rows = rows_of(list(cases))
+
+    assert {row.case.shape for row in rows} == {f"B{n}xP{drafts}" for n in (1, 2)}
+    assert [row.error for row in rows if row.error] == []
 
 
 def test_kernels_of_one_op_are_timed_side_by_side_and_compared() -> None:

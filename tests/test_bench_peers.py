@@ -13,13 +13,13 @@ import torch
 
 from gdn_portable import DraftProtocol
 from gdn_portable.bench import peers, run
-from gdn_portable.bench.cases import FRONT_END, LAYER, MAX_DRAFTS, Case
+from gdn_portable.bench.cases import DRAFTS, FRONT_END, LAYER, Case
 from tests import bench_peers
 from tests.bench import rows_of
 
 LIBRARIES = ("flashinfer", "fla", "flash_qla", "sglang")
 SPEC = replace(LAYER, num_k_heads=1, num_v_heads=2)
-TABLE = replace(SPEC, conv_window=2 + MAX_DRAFTS)
+TABLE = replace(SPEC, conv_window=2 + DRAFTS)
 CHUNK = SPEC
 BF16 = replace(SPEC, state_dtype=torch.bfloat16)
 
@@ -45,7 +45,7 @@ def _rows(case: Case) -> list[run.Row]:
 
 def _verify(op: str, protocol: DraftProtocol) -> Case:
     spec = TABLE if protocol is DraftProtocol.SLOT_TABLE else SPEC
-    return Case(op=op, spec=spec, lengths=(MAX_DRAFTS,) * 2, protocol=protocol)
+    return Case(op=op, spec=spec, lengths=(DRAFTS,) * 2, protocol=protocol)
 
 
 @pytest.mark.usefixtures("calls")

@@ -190,6 +190,14 @@ def test_the_list_of_cases_needs_no_gpu(command: Command, tmp_path: Path) -> Non
     assert "H16" not in of_config.stdout
 
 
+def test_verifies_are_listed_with_the_drafts_that_are_asked_for(command: Command) -> None:
+    two = command("bench", "--list", "--drafts", "2", "--case", "verify_step/H16-*").stdout
+
+    assert "verify_step/H16-HV32/B8xP2/fp32/replay/real" in two
+    assert "P4" not in two
+    assert "default" in two
+
+
 @pytest.fixture
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the command find a card where there is none; what it times runs on the CPU."""
@@ -246,7 +254,7 @@ def test_a_stopped_command_ends_with_its_own_code(
 def test_an_op_without_default_cases_is_timed_at_the_usual_sizes(command: Command) -> None:
     cases = importlib.import_module("gdn_portable.cli.bench")._cases
 
-    chosen = cases(["decode_step", "recurrent_decode"], None, None, 1, everything=False)
+    chosen = cases(["decode_step", "recurrent_decode"], None, None, 1, 4, everything=False)
 
     assert sum(case.op == "decode_step" for case in chosen) == 10
     assert sum(case.op == "recurrent_decode" for case in chosen) == 25

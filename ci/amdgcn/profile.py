@@ -30,7 +30,7 @@ from ci.amdgcn.errors import UnsupportedLaunchError
 from ci.amdgcn.memory import Traffic
 from gdn_portable import DraftProtocol, Op
 from gdn_portable.bench import peers
-from gdn_portable.bench.cases import LAYER, MAX_DRAFTS, Case
+from gdn_portable.bench.cases import DRAFTS, LAYER, Case
 from gdn_portable.bench.floors import work_of
 from gdn_portable.bench.inputs import Batch, Slots
 from gdn_portable.bench.ours import Call, prepare
@@ -43,7 +43,7 @@ CASES = (
     Case(
         op="verify_step",
         spec=LAYER,
-        lengths=(MAX_DRAFTS,) * 64,
+        lengths=(DRAFTS,) * 64,
         protocol=DraftProtocol.REPLAY,
     ),
     Case(op="chunk_prefill", spec=LAYER, lengths=(2048,)),

@@ -45,8 +45,7 @@ PACKED = ((2048,), (8192,), (32768,), (2048,) * 4, (4096,) * 8)
 PACKED_FEW_HEADS = ((8192,), (32768,), (1024,) * 8)
 PACKED_UNEVENLY = (24576, 8192)
 
-MAX_DRAFTS = 4
-NUM_ACCEPTED = 3  # root included
+DRAFTS = 4  # of a sequence, root included
 
 LAYER = GdnSpec(
     num_k_heads=16,
@@ -102,6 +101,16 @@ class Case:
         return sum(self.lengths)
 
     @property
+    def drafts(self) -> int:
+        """P of a verify, root included."""
+        return self.lengths[0]
+
+    @property
+    def num_accepted(self) -> int:
+        """How many of them the step before accepted, root included: all but one."""
+        return max(1, self.drafts - 1)
+
+    @property
     def layer(self) -> str:
         """Name the heads, and the head dims where they are not 128."""
         spec = self.spec
@@ -115,7 +124,7 @@ class Case:
         if self.op in DECODE_OPS:
             return f"B{self.num_sequences}"
         if self.op in VERIFY_OPS:
-            return f"B{self.num_sequences}xP{self.lengths[0]}"
+            return f"B{self.num_sequences}xP{self.drafts}"
         if len(set(self.lengths)) == 1:
             return f"{self.num_sequences}x{self.lengths[0]}"
         return "+".join(map(str, self.lengths))
@@ -175,6 +184,16 @@ def cases_of(spec: GdnSpec) -> Iterator[Case]:
             yield Case(op="prefill_step", spec=spec, lengths=lengths, gates=gates)
 
 
+def with_drafts(case: Case, drafts: int) -> Case:
+    """Return a case whose sequences verify so many drafts each; one of another op as it is."""
+    if case.op not in VERIFY_OPS:
+        return case
+    spec = case.spec
+    if case.protocol is DraftProtocol.SLOT_TABLE:
+        spec = replace(spec, conv_window=spec.conv_width - 2 + drafts)
+    return replace(case, spec=spec, lengths=(drafts,) * case.num_sequences)
+
+
 def select_cases(
     cases: Sequence[Case], ops: Sequence[str] | None, patterns: Sequence[str] | None
 ) -> tuple[Case, ...]:
@@ -208,10 +227,8 @@ def _decodes(op: str, spec: GdnSpec) -> list[Case]:
 def _verifies(
     op: str, spec: GdnSpec, protocol: DraftProtocol, batches: Sequence[int] = VERIFY_BATCHES
 ) -> list[Case]:
-    if protocol is DraftProtocol.SLOT_TABLE:
-        spec = replace(spec, conv_window=spec.conv_width - 2 + MAX_DRAFTS)
     return [
-        Case(op=op, spec=spec, lengths=(MAX_DRAFTS,) * batch, protocol=protocol)
+        with_drafts(Case(op=op, spec=spec, lengths=(1,) * batch, protocol=protocol), DRAFTS)
         for batch in batches
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from gdn_portable.bench.cases import FRONT_END, NUM_ACCEPTED, VERIFY_OPS, Case
+from gdn_portable.bench.cases import FRONT_END, VERIFY_OPS, Case
 from gdn_portable.metadata import DraftProtocol
 
 CHUNK = 64  # tokens the products of a chunked prefill are counted for
@@ -68,7 +68,7 @@ def _states(case: Case) -> int:
     if case.protocol is DraftProtocol.REPLAY:
         draft = sum(spec.conv_groups[1:]) * spec.dtype.itemsize
         draft += 2 * spec.num_v_heads * GATE_BYTES
-        return 2 * N * state + (T + N * NUM_ACCEPTED) * draft
+        return 2 * N * state + (T + N * case.num_accepted) * draft
     return (N + T + _committed(case)) * state
 
 
@@ -78,7 +78,7 @@ def _windows(case: Case) -> int:
     column = spec.conv_dim * spec.conv_state_dtype.itemsize
     window = column * (spec.conv_width - 1)
     if case.protocol is DraftProtocol.REPLAY:
-        inputs = (T + N * NUM_ACCEPTED) * spec.conv_dim * spec.dtype.itemsize
+        inputs = (T + N * case.num_accepted) * spec.conv_dim * spec.dtype.itemsize
         return 2 * N * window + inputs
     if case.protocol is DraftProtocol.SNAPSHOT:
         return (N + T + _committed(case)) * window
@@ -105,5 +105,5 @@ def _flops(case: Case) -> int:
         per_key_head = 2 * CHUNK * K
         return T * (HV * per_value_head + H * per_key_head)
     if case.op in VERIFY_OPS and case.protocol is DraftProtocol.REPLAY:
-        T += case.num_sequences * NUM_ACCEPTED
+        T += case.num_sequences * case.num_accepted
     return T * HV * 3 * 2 * K * V

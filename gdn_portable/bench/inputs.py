@@ -10,14 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gdn_portable.bench.cases import (
-    FRONT_END,
-    MAX_DRAFTS,
-    NUM_ACCEPTED,
-    VERIFY_OPS,
-    Case,
-    Gates,
-)
+from gdn_portable.bench.cases import FRONT_END, VERIFY_OPS, Case, Gates
 from gdn_portable.metadata import (
     DraftProtocol,
     Drafts,
@@ -43,14 +36,15 @@ class Slots:
     def __init__(self, case: Case, device: torch.device, generator: torch.Generator) -> None:
         N = case.num_sequences
         self.lengths = case.lengths
+        self.drafts, self.accepted = case.drafts, case.num_accepted
         self.table = case.protocol is DraftProtocol.SLOT_TABLE
-        rows = N * MAX_DRAFTS if self.table else N
+        rows = N * self.drafts if self.table else N
         order = torch.randperm(rows, generator=generator, device=device)
         self.num_slots = rows + 1  # slot 0 is nobody's: some libraries write it
         self.slots = (order + 1).to(torch.int32)  # [N], or [N * P] of a table
         self.cu_seqlens = torch.tensor((0, *case.lengths), device=device).cumsum(0)
         self.cu_seqlens_int32 = self.cu_seqlens.to(torch.int32)
-        self.num_accepted = torch.full((N,), NUM_ACCEPTED, dtype=torch.int32, device=device)
+        self.num_accepted = torch.full((N,), self.accepted, dtype=torch.int32, device=device)
         self.last_accepted = self.num_accepted - 1
         self.rows = torch.arange(N, dtype=torch.int32, device=device)
         self.has_initial_state = torch.ones(N, dtype=torch.bool, device=device)
@@ -58,12 +52,12 @@ class Slots:
     @cached_property
     def read(self) -> Tensor:
         """Return the slots whose state a call starts from, [N]."""
-        return self.by_draft[:, NUM_ACCEPTED - 1].contiguous() if self.table else self.slots
+        return self.by_draft[:, self.accepted - 1].contiguous() if self.table else self.slots
 
     @cached_property
     def by_draft(self) -> Tensor:
         """Return a slot table, [N, P]."""
-        return self.slots.view(-1, MAX_DRAFTS)
+        return self.slots.view(-1, self.drafts)
 
 
 class Batch:
@@ -134,7 +128,9 @@ class Batch:
         """Return room for the state and window after every draft, whatever the protocol."""
         if isinstance(self._drafts, SnapshotDrafts):
             return self._drafts
-        return SnapshotDrafts.allocate(self.spec, self.case.num_sequences, MAX_DRAFTS, self.device)
+        return SnapshotDrafts.allocate(
+            self.spec, self.case.num_sequences, self.case.drafts, self.device
+        )
 
     @cached_property
     def prefill(self) -> PrefillMetadata:
@@ -151,17 +147,17 @@ class Batch:
         snapshot = self.case.protocol is DraftProtocol.SNAPSHOT
         return VerifyMetadata(
             state_indices=self.slots.by_draft if self.slots.table else self.slots.slots,
-            max_drafts=MAX_DRAFTS,
+            max_drafts=self.case.drafts,
             num_accepted=None if snapshot else self.slots.num_accepted,
         )
 
     def _allocate_drafts(self) -> Drafts | None:
         if self.case.protocol is DraftProtocol.REPLAY:
             slots = self.slots.num_slots
-            return ReplayDrafts.allocate(self.spec, slots, MAX_DRAFTS, self.device)
+            return ReplayDrafts.allocate(self.spec, slots, self.case.drafts, self.device)
         if self.case.protocol is DraftProtocol.SNAPSHOT:
             rows = self.case.num_sequences
-            return SnapshotDrafts.allocate(self.spec, rows, MAX_DRAFTS, self.device)
+            return SnapshotDrafts.allocate(self.spec, rows, self.case.drafts, self.device)
         return None
 
 

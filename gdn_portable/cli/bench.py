@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -26,11 +26,13 @@ from gdn_portable.bench.card import (
     warnings_of,
 )
 from gdn_portable.bench.cases import (
+    DRAFTS,
     Case,
     all_cases,
     cases_of,
     default_cases,
     select_cases,
+    with_drafts,
 )
 from gdn_portable.bench.floors import work_of
 from gdn_portable.bench.host import host_rows
@@ -61,6 +63,9 @@ def bench(
         Path | None, typer.Option(help="A Hugging Face config.json whose layer to time.")
     ] = None,
     tp_size: Annotated[int, typer.Option(help="Ranks that share the heads of --config.")] = 1,
+    drafts: Annotated[
+        int, typer.Option(min=1, max=16, help="Of a sequence that is verified, root included.")
+    ] = DRAFTS,
     kernels: Annotated[
         str | None,
         typer.Option(help="Ours, by name, separated by commas; several of an op are compared."),
@@ -82,9 +87,9 @@ def bench(
     list_cases: Annotated[bool, typer.Option("--list", help="Show the cases and end.")] = False,
 ) -> None:
     """Time our ops and the installed peers side by side, with cold caches."""
-    chosen = _cases(op, case, config, tp_size, everything=list_cases)
+    chosen = _cases(op, case, config, tp_size, drafts, everything=list_cases)
     if list_cases:
-        _print_cases(chosen)
+        _print_cases(chosen, drafts)
         return
     named = named_kernels(kernels)
     for path in filter(None, (json_path, plot_path)):
@@ -135,24 +140,30 @@ def _cases(
     patterns: list[str] | None,
     config: Path | None,
     tp_size: int,
+    drafts: int,
     *,
     everything: bool,
 ) -> tuple[Case, ...]:
     """Return what is asked for: of the default cases, and by name of all there are."""
+
+    def drafted(cases: Iterable[Case]) -> tuple[Case, ...]:
+        return tuple(with_drafts(case, drafts) for case in cases)
+
     if config is not None:
-        return select_cases(tuple(cases_of(layer_of(config, tp_size))), ops, patterns)
+        return select_cases(drafted(cases_of(layer_of(config, tp_size))), ops, patterns)
     if tp_size != 1:
         raise InputError("--tp-size is given without --config, needs both")
     if everything or patterns:
-        return select_cases(all_cases(), ops, patterns)
+        return select_cases(drafted(all_cases()), ops, patterns)
     default = default_cases()
     covered = {case.op for case in default}
     named = (case for case in all_cases() if case.op in set(ops or ()) - covered)
-    return select_cases((*default, *named), ops, None)
+    return select_cases(drafted((*default, *named)), ops, None)
 
 
-def _print_cases(cases: Sequence[Case]) -> None:
-    default, width = set(default_cases()), max(len(case.name) for case in cases)
+def _print_cases(cases: Sequence[Case], drafts: int) -> None:
+    default = {with_drafts(case, drafts) for case in default_cases()}
+    width = max(len(case.name) for case in cases)
     for case in cases:
         work, mark = work_of(case), "default" if case in default else ""
         print(f"{case.name:{width}} {mark:7} {work.bytes / 1e6:9.2f} MB {work.flops / 1e9:8.2f} GF")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gdn_portable.bench.cases import NUM_ACCEPTED, Case
+from gdn_portable.bench.cases import Case
 from gdn_portable.bench.inputs import Batch
 from gdn_portable.bench.peers.part import Part
 from gdn_portable.steps import split_qkv
@@ -40,7 +40,7 @@ def _windows(batch: Batch) -> Tensor:
     slots, first, W = batch.slots, 0, batch.spec.conv_width
     slot = slots.slots
     if slots.table:  # the window of a sequence lives in its first slot
-        slot, first = slots.by_draft[:, 0], NUM_ACCEPTED - 1
+        slot, first = slots.by_draft[:, 0], slots.accepted - 1
     window = batch.conv_state[slot][..., first : first + W - 1]
     return functional.pad(window, (1, 0)).contiguous()
 

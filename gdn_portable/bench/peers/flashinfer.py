@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gdn_portable.bench.cases import MAX_DRAFTS, Case
+from gdn_portable.bench.cases import Case
 from gdn_portable.bench.inputs import Batch, gates_of
 from gdn_portable.bench.peers.part import Part, refuse_other_than_128
 from gdn_portable.steps import split_qkv
@@ -50,9 +50,9 @@ def _refuse_prefill(case: Case) -> str | None:
     return _refuse(case)
 
 
-def _drafted(x: Tensor) -> Tensor:
+def _drafted(batch: Batch, x: Tensor) -> Tensor:
     """View packed rows as [B, P, ...]."""
-    rows: Tensor = x.unflatten(0, (-1, MAX_DRAFTS))
+    rows: Tensor = x.unflatten(0, (-1, batch.case.drafts))
     return rows
 
 
@@ -89,7 +89,7 @@ def _verify(batch: Batch) -> Callable[[Tensor], Tensor]:
     """Keep the state after every draft in a buffer; the pool is left as it is."""
     module = importlib.import_module(DECODE)
     spec, params = batch.spec, batch.params
-    shape = (batch.case.num_sequences, MAX_DRAFTS, spec.num_v_heads, spec.head_v_dim)
+    shape = (batch.case.num_sequences, batch.case.drafts, spec.num_v_heads, spec.head_v_dim)
     out = torch.empty(shape, dtype=spec.dtype, device=batch.device)
     call = module.gated_delta_rule_mtp
     if spec.state_dtype is torch.bfloat16:
@@ -98,7 +98,7 @@ def _verify(batch: Batch) -> Callable[[Tensor], Tensor]:
         )
 
     def verify(mixed: Tensor) -> Tensor:
-        q, k, v = (_drafted(x) for x in split_qkv(spec, mixed))
+        q, k, v = (_drafted(batch, x) for x in split_qkv(spec, mixed))
         call(
             q=q,
             k=k,
@@ -106,9 +106,9 @@ def _verify(batch: Batch) -> Callable[[Tensor], Tensor]:
             initial_state=batch.state,
             initial_state_indices=batch.slots.slots,
             A_log=params.A_log,
-            a=_drafted(batch.a),
+            a=_drafted(batch, batch.a),
             dt_bias=params.dt_bias,
-            b=_drafted(batch.b),
+            b=_drafted(batch, batch.b),
             scale=spec.q_scale,
             output=out,
             intermediate_states_buffer=batch.snapshots.state,
@@ -124,11 +124,11 @@ def _verify_table(batch: Batch) -> Callable[[Tensor], Tensor]:
     """Scatter the state after every draft to a slot of its own."""
     call = importlib.import_module(DECODE).gated_delta_rule_mtp
     spec, params, slots = batch.spec, batch.params, batch.slots
-    shape = (batch.case.num_sequences, MAX_DRAFTS, spec.num_v_heads, spec.head_v_dim)
+    shape = (batch.case.num_sequences, batch.case.drafts, spec.num_v_heads, spec.head_v_dim)
     out = torch.empty(shape, dtype=spec.dtype, device=batch.device)
 
     def verify(mixed: Tensor) -> Tensor:
-        q, k, v = (_drafted(x) for x in split_qkv(spec, mixed))
+        q, k, v = (_drafted(batch, x) for x in split_qkv(spec, mixed))
         call(
             q=q,
             k=k,
@@ -136,9 +136,9 @@ def _verify_table(batch: Batch) -> Callable[[Tensor], Tensor]:
             initial_state=batch.state,
             initial_state_indices=slots.read,
             A_log=params.A_log,
-            a=_drafted(batch.a),
+            a=_drafted(batch, batch.a),
             dt_bias=params.dt_bias,
-            b=_drafted(batch.b),
+            b=_drafted(batch, batch.b),
             scale=spec.q_scale,
             output=out,
             ssm_state_indices=slots.by_draft,

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gdn_portable.bench.cases import MAX_DRAFTS
 from gdn_portable.bench.inputs import Batch
 from gdn_portable.bench.peers.part import Part
 from gdn_portable.steps import split_qkv
@@ -44,7 +43,7 @@ def _conv_verify(batch: Batch) -> Callable[[], Tensor]:
 
     def verify() -> Tensor:
         rows: Tensor = call(
-            x=batch.mixed.unflatten(0, (-1, MAX_DRAFTS)).transpose(1, 2),  # [B, D, P]
+            x=batch.mixed.unflatten(0, (-1, batch.case.drafts)).transpose(1, 2),  # [B, D, P]
             conv_state=batch.conv_state,
             weight=batch.params.conv_weight,
             activation=batch.spec.activation,
@@ -152,7 +151,7 @@ def _verify(batch: Batch) -> Callable[[Tensor], Tensor]:
             disable_state_update=True,
             intermediate_states_buffer=batch.snapshots.state,
             intermediate_state_indices=batch.slots.rows,
-            cache_steps=MAX_DRAFTS,
+            cache_steps=batch.case.drafts,
         )
         return o.flatten(0, -3)
 
