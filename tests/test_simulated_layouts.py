@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How engines keep their states changes no bit of the results on AMD, and nothing is copied.
 
-Three conventions: as this library allocates, as SGLang does, and as ATOM's ModelRunner does, whose
-windows are [slot, L, D] and who looks at states kept as VK through a view [slot, HV, K, V].
+Conventions: as this library allocates; as SGLang does, also where windows start at no multiple of
+16 bytes; and as ATOM's ModelRunner does, whose windows are [slot, L, D] and who looks at states
+kept as VK through a view [slot, HV, K, V].
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ SPEC = GdnSpec(
     dtype=torch.bfloat16,
     state_dtype=torch.float32,
 )
-CONVENTIONS = {"SGLang": ConvLayout.DIM_FIRST, "ATOM": ConvLayout.LEN_FIRST}
+CONVENTIONS = {
+    "SGLang": ConvLayout.DIM_FIRST,
+    "SGLang, misaligned": ConvLayout.DIM_FIRST,
+    "ATOM": ConvLayout.LEN_FIRST,
+}
 STEPS = (Op.PREFILL_STEP, Op.DECODE_STEP, Op.VERIFY_STEP, Op.MTP_COMMIT)
 NAMES = [case.name for case in cases(SPEC) if case.op in STEPS]
 # the kernels' names for what belongs to the engine
@@ -67,25 +72,29 @@ def _canonical(arch: str, name: str) -> Call:
     return call
 
 
-def _memory_of(tensor: Tensor, *, swapped: bool) -> Tensor:
+def _memory_of(tensor: Tensor, *, swapped: bool = False, misaligned: bool = False) -> Tensor:
     """Return an engine's tensor of one of several layers, with the numbers of ``tensor``."""
     numbers = tensor.mT if swapped else tensor
-    layers = torch.full((3, *numbers.shape), torch.nan, dtype=tensor.dtype)
-    layers[1] = numbers
-    return layers[1]
+    memory = torch.full((3 * numbers.numel() + 1,), torch.nan, dtype=tensor.dtype)
+    layers = memory[1:] if misaligned else memory[:-1]
+    layer = layers.view(3, *numbers.shape)[1]
+    layer.copy_(numbers)
+    return layer
 
 
 def _passed(call: Call, convention: str) -> Call:
     """Return a call on the engine's memory, as an engine of that convention passes it."""
     swapped = CONVENTIONS[convention] is ConvLayout.LEN_FIRST
+    misaligned = "misaligned" in convention
 
     def tensors_of(holder: StatePool | SnapshotDrafts) -> tuple[Tensor, Tensor]:
         assert holder.conv_state is not None and holder.state is not None
-        state = _memory_of(holder.state, swapped=False)
+        state = _memory_of(holder.state)
         if convention == "ATOM":
             seen = state.mT  # [slot, HV, K, V], all that its own kernels know
             state = seen.mT
-        return _memory_of(holder.conv_state, swapped=swapped), state
+        windows = _memory_of(holder.conv_state, swapped=swapped, misaligned=misaligned)
+        return windows, state
 
     changed = {"pool": StatePool(*tensors_of(call["pool"]))}
     if isinstance(call.get("drafts"), SnapshotDrafts):

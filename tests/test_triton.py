@@ -426,7 +426,7 @@ def test_a_prefill_of_short_sequences_takes_half_heads(
         ([4, 577], True, False, 8),
         ([1600] * 8, True, False, 8),
         ([100] * 9, True, False, 8),
-        ([100], True, True, 8),
+        ([100], True, True, 4),
     ],
     ids=[
         "short",

@@ -24,9 +24,12 @@ from gdn_backend_triton.maths import correction, gates, rounded, squares_of
 from gdn_backend_triton.overlap import begin
 from gdn_backend_triton.sequences import locate, num_programs
 from gdn_backend_triton.taps import (
+    VECTOR,
     convolve,
     load_bias,
+    load_columns,
     load_weight,
+    store_columns,
     store_window,
     strides,
     window_after,
@@ -78,9 +81,17 @@ class UpdateTile(NamedTuple):
 
 
 UPDATE_TILES = {
-    # H200, D = 8192, B = 128 and 512: 6.8 and 23 us, 7.4 and 26 with 4 rows, 7.2 and 25 with 16
+    # H200, D = 8192, B = 128 and 512: 6.7 and 23 us, 7.4 and 26 with 4 rows, 7.2 and 25 with 16
     "cuda": (UpdateTile(32, 1, 128, 2), UpdateTile(64, 4, 128, 4), UpdateTile(0, 8, 128, 4)),
     "rocm": (UpdateTile(32, 1, 64, 1), UpdateTile(128, 2, 128, 2), UpdateTile(0, 4, 128, 2)),
+}
+# where windows and weights can be loaded as vectors: eight channels for each lane, no more and no
+# fewer, or numbers would have to change lanes
+VECTOR_TILES = {
+    # H200, D = 8192, B = 8, 32, 128 and 512: 1.8, 2.6, 6.1 and 21.6 us with one row, 2.4, 3.0, 7.3
+    # and 20.3 with two, 3.0, 3.5, 7.0 and 22.2 with four
+    "cuda": (UpdateTile(256, 1, 256, 1), UpdateTile(0, 2, 256, 1)),
+    "rocm": (UpdateTile(0, 1, 512, 1),),
 }
 
 
@@ -511,15 +522,18 @@ def _conv1d_update(
     x, weight, bias, conv_state, out, state_indices, out_state_indices, B, x_b, x_d, weight_d,
     weight_w, bias_d, state_s, state_d, state_l, out_b, out_d, indices_b, out_indices_b,
     D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, PAD: tl.constexpr,
-    SILU: tl.constexpr, OVERLAPS: tl.constexpr,
+    SILU: tl.constexpr, DENSE_WEIGHT: tl.constexpr, DENSE_WINDOW: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     begin(OVERLAPS)
     BLOCKS: tl.constexpr = (D + C - 1) // C
+    COUNT: tl.constexpr = C // VECTOR
     program = tl.program_id(0)
     base = (program % BLOCKS) * C
     d = base + tl.arange(0, C)
     first = program // BLOCKS * ROWS
     mask = d < D
+    vectors = base + tl.arange(0, COUNT)[:, None] * VECTOR < D
     slots = tl.tuple([])
     inputs = tl.tuple([])
     for i in tl.static_range(ROWS):
@@ -527,15 +541,22 @@ def _conv1d_update(
         slot = tl.load(state_indices + b * indices_b, mask=b < B, other=PAD).to(tl.int64)
         slots = slots + (slot,)
         inputs = inputs + (tl.load(x + b * x_b + d * x_d, mask=mask & (b < B), other=0.0),)
-    columns = load_weight(weight, d, mask, weight_d, weight_w, W)
+    if DENSE_WEIGHT:
+        columns = load_columns(weight + base * W, vectors, COUNT, W)
+    else:
+        columns = load_weight(weight, d, mask, weight_d, weight_w, W)
     offset = load_bias(bias, d, mask, bias_d)
-    pool = conv_state + d * state_d
     taps = tl.tuple([])
     for i in tl.static_range(ROWS):
-        live = mask & (slots[i] > PAD)
-        for column in tl.static_range(W - 1):
-            window = pool + slots[i] * state_s + column * state_l
-            taps = taps + (tl.load(window, mask=live, other=0.0),)
+        window = conv_state + slots[i] * state_s
+        if DENSE_WINDOW:
+            window += base * (W - 1)
+            taps = taps + load_columns(window, vectors & (slots[i] > PAD), COUNT, W - 1)
+        else:
+            window += d * state_d
+            for column in tl.static_range(W - 1):
+                live = mask & (slots[i] > PAD)
+                taps = taps + (tl.load(window + column * state_l, mask=live, other=0.0),)
         taps = taps + (inputs[i],)
     # other threads may store what a thread has yet to load: out may be x
     tl.debug_barrier()
@@ -549,20 +570,28 @@ def _conv1d_update(
             live = slot > PAD
             slot = tl.load(out_state_indices + b * out_indices_b, mask=live, other=PAD)
             slot = slot.to(tl.int64)
-        live = mask & (slot > PAD)
+        window = conv_state + slot * state_s
+        after = tl.tuple([])
         for column in tl.static_range(W - 1):
-            window = pool + slot * state_s + column * state_l
             value = taps[i * W + column + 1].to(tl.float32).to(conv_state.dtype.element_ty)
-            tl.store(window, value, mask=live)
+            after = after + (value,)
+        if DENSE_WINDOW:
+            live = vectors & (slot > PAD)
+            store_columns(window + base * (W - 1), after, live, COUNT, W - 1)
+        else:
+            store_window(window + d * state_d, state_l, after, mask & (slot > PAD), W)
 
 
 def make_conv1d_update(spec: GdnSpec, device: Device, *, deterministic: bool) -> Conv1dUpdate:
     """Return the op: a program owns some channels of a few rows."""
     D, W, PAD, SILU = spec.conv_dim, spec.conv_width, spec.pad_slot, spec.activation == "silu"
-    kernels = [
-        (tile, Launch(_conv1d_update, device, num_warps=tile.warps))
-        for tile in UPDATE_TILES.get(device.arch, UPDATE_TILES[device.kind])
-    ]
+    by_number, by_vector = (
+        [
+            (tile, Launch(_conv1d_update, device, num_warps=tile.warps))
+            for tile in tiles.get(device.arch, tiles[device.kind])
+        ]
+        for tiles in (UPDATE_TILES, VECTOR_TILES)
+    )
 
     def conv1d_update(
         x: Tensor,
@@ -577,16 +606,21 @@ def make_conv1d_update(spec: GdnSpec, device: Device, *, deterministic: bool) ->
         refuse_gradients(x)
         if out is None:
             out = empty_like(x)
-        B = x.shape[0]
+        B, (state_s, state_d, state_l) = x.shape[0], conv_state.stride()
         if B:
+            in_vectors = D % VECTOR.value == 0 and conv_state.itemsize == 2
+            dense_weight = in_vectors and weight.stride() == (W, 1)
+            dense_window = in_vectors and (state_d, state_l) == (W - 1, 1)
+            wide = dense_weight and (dense_window or state_d == 1)
+            kernels = by_vector if wide else by_number
             tile, launch = next((each for each in kernels if each[0].batch >= B), kernels[-1])
             launch(
                 ceil_div(B, tile.rows) * ceil_div(D, tile.channels),
                 (x, weight, bias, conv_state, out, state_indices, out_state_indices),
                 (B,),
-                (*x.stride(), *weight.stride(), *strides(bias, 1), *conv_state.stride(),
+                (*x.stride(), *weight.stride(), *strides(bias, 1), state_s, state_d, state_l,
                  *out.stride(), state_indices.stride(0), *strides(out_state_indices, 1), D, W,
-                 tile.rows, tile.channels, PAD, SILU),
+                 tile.rows, tile.channels, PAD, SILU, wide, wide and dense_window),
             )  # fmt: skip
         return out
 

@@ -71,13 +71,13 @@ TILES: Table = {
     ("gfx942", 2): ((256, Tile(16, 16, 8, 1)), (ANY, Tile(32, 32, 8, 1))),
 }
 # behind a convolution, whose loads may queue behind those of the first panels. H200, the same
-# layer, B = 8 / 32 / 128 / 512: 11.8 / 39.1 / 144 / 557 us a step with a float32 state, 7.8 / 23.7
-# / 78.6 / 302 with bfloat16; with the tiles above, in another run, 12.7 / 40.5 / 144 / 565, and 8.0
-# / 23.7 / - / -
+# layer, B = 8 / 32 / 128 / 512, us a step: 11.5 / 38.0 / 140 / 552 with a float32 state, with the
+# tiles above 12.4 / 39.4 / 145 / 565; with bfloat16 8.0 / 22.7 / 77.7 / 298, with panels of 16 rows
+# 8.0 / 23.2 / 78.8 / 302, and of 16 rows in 8 lanes 7.7 / 23.0 / 77.9 / 300
 STEP_TILES: Table = {
     **TILES,
-    ("sm90", 4): ((64, Tile(16, 16, 4, 1)), (ANY, Tile(16, 8, 8, 1))),
-    ("sm90", 2): ((64, Tile(8, 8, 4, 1)), (ANY, Tile(16, 16, 8, 1))),
+    ("sm90", 4): ((64, Tile(16, 16, 4, 1)), (ANY, Tile(16, 8, 16, 1))),
+    ("sm90", 2): ((64, Tile(8, 8, 4, 1)), (256, Tile(16, 16, 8, 1)), (ANY, Tile(16, 8, 16, 1))),
 }
 # where a gate is given: a program that owns a whole head normalises it, else a launch more does,
 # which wins on Hopper where there are enough heads
@@ -85,12 +85,12 @@ GATED_TILES: Table = {
     ("sm90", 4): (
         (64, Tile(128, 128, 8, 16)),
         (512, Tile(128, 64, 8, 8)),
-        (ANY, Tile(16, 8, 8, 1)),
+        (ANY, Tile(16, 8, 16, 1)),
     ),
     ("sm90", 2): (
         (64, Tile(128, 128, 8, 8)),
         (1024, Tile(128, 64, 8, 8)),
-        (ANY, Tile(16, 16, 8, 1)),
+        (ANY, Tile(16, 8, 16, 1)),
     ),
     ("gfx942", 4): ((256, Tile(128, 128, 8, 8)), (ANY, Tile(128, 64, 8, 4))),
     ("gfx942", 2): ((256, Tile(128, 128, 8, 8)), (ANY, Tile(128, 64, 8, 4))),

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from gdn_backend_triton.maths import activate
 
+VECTOR = tl.constexpr(8)  # channels that a thread takes at once
+VECTOR_BITS = tl.constexpr(3)
+
 
 def strides(tensor: Tensor | None, axes: int) -> tuple[int, ...]:
     """Return the strides of a tensor of ``axes`` axes, zeros for one that is not given."""
@@ -27,6 +30,70 @@ def load_weight(weight, d, mask, weight_d, weight_w, W: tl.constexpr):
         column = tl.load(weight + d * weight_d + i * weight_w, mask=mask, other=0.0)
         columns = columns + (column.to(tl.float32),)
     return columns
+
+
+@triton.jit
+def _apart(vectors, COUNT: tl.constexpr):
+    """Return the columns of [COUNT, VECTOR], which stay in the registers they are in."""
+    parts = (tl.reshape(vectors, [COUNT, 2, 2, 2]),)
+    for _ in tl.static_range(VECTOR_BITS):
+        evens = tl.tuple([])
+        odds = tl.tuple([])
+        for i in tl.static_range(len(parts)):
+            even, odd = tl.split(parts[i])
+            evens = evens + (even,)
+            odds = odds + (odd,)
+        parts = evens + odds
+    return parts
+
+
+@triton.jit
+def _together(parts, COUNT: tl.constexpr):
+    """Return [COUNT * VECTOR] of VECTOR columns [COUNT]."""
+    for _ in tl.static_range(VECTOR_BITS):
+        joined = tl.tuple([])
+        for i in tl.static_range(len(parts) // 2):
+            joined = joined + (tl.join(parts[i], parts[len(parts) // 2 + i]),)
+        parts = joined
+    return tl.reshape(parts[0], [COUNT * VECTOR])
+
+
+@triton.jit
+def load_columns(rows, mask, COUNT: tl.constexpr, N: tl.constexpr):
+    """Return the N columns of channels whose numbers lie one behind another, loaded as vectors.
+
+    Args:
+        rows: points to the first channel's first number.
+        mask: [COUNT, 1], of VECTOR channels each; zeros where it is false.
+        COUNT: channels divided by VECTOR.
+        N: numbers of a channel.
+    """
+    at = tl.arange(0, COUNT)[:, None] * (VECTOR * N) + tl.arange(0, VECTOR)[None, :]
+    numbers = tl.tuple([])
+    for i in tl.static_range(N):
+        numbers = numbers + _apart(tl.load(rows + at + i * VECTOR, mask=mask, other=0.0), COUNT)
+    columns = tl.tuple([])
+    for n in tl.static_range(N):
+        column = tl.tuple([])
+        for c in tl.static_range(VECTOR):
+            column = column + (numbers[c * N + n],)
+        columns = columns + (_together(column, COUNT),)
+    return columns
+
+
+@triton.jit
+def store_columns(rows, columns, mask, COUNT: tl.constexpr, N: tl.constexpr):
+    """Store N columns of channels, see :func:`load_columns`."""
+    at = tl.arange(0, COUNT)[:, None] * (VECTOR * N) + tl.arange(0, VECTOR)[None, :]
+    numbers = tl.tuple([])
+    for n in tl.static_range(N):
+        numbers = numbers + _apart(columns[n], COUNT)
+    for i in tl.static_range(N):
+        vector = tl.tuple([])
+        for place in tl.static_range(i * VECTOR, i * VECTOR + VECTOR):
+            vector = vector + (numbers[place % N * VECTOR + place // N],)
+        values = tl.reshape(_together(vector, COUNT), [COUNT, VECTOR])
+        tl.store(rows + at + i * VECTOR, values, mask=mask)
 
 
 @triton.jit
