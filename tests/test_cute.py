@@ -179,7 +179,7 @@ class Calls:
         launcher = self.double.launcher
         monkeypatch.setattr(launcher, "start_of", start_of)
         monkeypatch.setattr(launcher, "make_triton_step", lambda *_, **__: triton_step)
-        monkeypatch.setattr(launcher, "least_items", lambda spec: 12)
+        monkeypatch.setattr(launcher, "least_items", lambda *_: 12)
         self.step = launcher.make_verify_step(SPEC, HOPPER, deterministic=deterministic)
 
     def __call__(self, call: Call) -> Any:
@@ -290,7 +290,7 @@ def test_a_small_batch_that_must_not_differ_from_a_large_one_goes_to_the_kernel(
 def test_a_small_batch_compiles_what_a_large_one_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     double = Double(monkeypatch)
     monkeypatch.setattr(double.launcher, "make_triton_step", lambda *_, **__: lambda *_, **__: None)
-    monkeypatch.setattr(double.launcher, "least_items", lambda spec: 7)
+    monkeypatch.setattr(double.launcher, "least_items", lambda *_: 7)
     step = double.launcher.make_verify_step(SPEC, HOPPER, deterministic=False)
 
     for case in (_call(3), _call(3), _call(3, bias=True), _call(3, fresh=True)):
@@ -323,9 +323,16 @@ def test_how_many_warps_take_an_item_goes_by_its_states_and_the_batch(
         assert shape.blocks * (shape.shared + 1024) <= 228 * 1024
 
 
-@pytest.mark.parametrize(("ratio", "least"), [(1, 1), (2, 1), (3, 64), (4, 64)])
-def test_few_items_with_many_heads_are_left_to_triton(ratio: int, least: int) -> None:
-    assert least_items(replace(SPEC, num_v_heads=ratio * SPEC.num_k_heads)) == least
+@pytest.mark.parametrize(
+    ("ratio", "drafts", "least"),
+    [(1, 4, 1), (2, 2, 1), (2, 1, 64), (3, 4, 64), (4, 4, 64)],
+)
+def test_few_items_with_many_heads_or_a_draft_each_are_left_to_triton(
+    ratio: int, drafts: int, least: int
+) -> None:
+    spec = replace(SPEC, num_v_heads=ratio * SPEC.num_k_heads)
+
+    assert least_items(spec, drafts) == least
 
 
 def test_a_gradient_is_refused(calls: Calls) -> None:

@@ -41,7 +41,7 @@ def test_the_kernels_maths_passes(
     monkeypatch: pytest.MonkeyPatch, spec: GdnSpec, options: dict[str, int]
 ) -> None:
     double = Double(monkeypatch)
-    monkeypatch.setattr(double.launcher, "least_items", lambda spec: 1)
+    monkeypatch.setattr(double.launcher, "least_items", lambda *_: 1)
     step = double.launcher.make_verify_step(spec, HOPPER, deterministic=False)
 
     def verify_step(**arguments: Any) -> torch.Tensor:

@@ -40,7 +40,6 @@ LAYOUTS = 64  # of a step's tensors that are remembered
 def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> VerifyStep:
     """Return the op; ``deterministic`` sends small batches to the kernel as well."""
     H, HV, V = spec.num_k_heads, spec.num_v_heads, spec.head_v_dim
-    least = 1 if deterministic else least_items(spec)
     triton_step = make_triton_step(spec, device, deterministic=deterministic)
     gated_rms_norm = make_gated_rms_norm(spec, device, deterministic=deterministic)
     strides = lru_cache(LAYOUTS)(strides_of)
@@ -61,7 +60,7 @@ def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> V
             ]
         T = mixed_qkv.shape[0]
         items = T // metadata.max_drafts * H
-        if items < least:
+        if not deterministic and items < least_items(spec, metadata.max_drafts):
             return None
         if out is None:
             out = torch.empty(T, HV, V, dtype=mixed_qkv.dtype, device=mixed_qkv.device)

@@ -91,14 +91,14 @@ def shapes_of(spec: GdnSpec, kind: Kind) -> list[tuple[int, Shape]]:
     ]  # fmt: skip
 
 
-def least_items(spec: GdnSpec) -> int:
+def least_items(spec: GdnSpec, drafts: int) -> int:
     """Return from how many items on it is faster than the Triton kernels.
 
     A block has all value heads of its item, so that few items with many heads leave SMs idle. H200,
-    P = 4, us: H16/HV32, B = 1, 9.4 in Triton and 8.8 here with float32 states, 7.5 and 6.3 with
-    bfloat16; H2/HV8, float32, 10.0 and 13.5 at B = 8, 17.2 and 15.6 at B = 32.
+    us, float32 states, Triton and this: H16/HV32, P = 4, B = 1, 9.4 and 8.8; P = 1, B = 1, 7.8 and
+    8.9, B = 8, 15.0 and 13.8; H2/HV8, P = 4, B = 8, 10.0 and 13.5, B = 32, 17.2 and 15.6.
     """
-    return 64 if spec.num_v_heads > 2 * spec.num_k_heads else 1
+    return 64 if spec.num_v_heads > 2 * spec.num_k_heads or drafts == 1 else 1
 
 
 def tensors_of(
