@@ -73,6 +73,7 @@ class Machine:
         self.double = Double(monkeypatch)
         self.dumps = dumps
         monkeypatch.setattr(self.double.launcher, "start_of", self.start_of)
+        monkeypatch.setattr(self.double.launcher, "least_items", lambda *_: 1)
 
     def start_of(self, shape: Shape, arch: str) -> Callable[[Sequence[int]], None]:
         shape = replace(shape, **self.team._asdict())
