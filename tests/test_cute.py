@@ -287,6 +287,16 @@ def test_a_small_batch_that_must_not_differ_from_a_large_one_goes_to_the_kernel(
     assert (len(calls.started), calls.to_triton) == (1, [])
 
 
+def test_no_sequences_start_no_kernel_even_where_small_batches_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = Calls(monkeypatch, deterministic=True)
+
+    assert calls(OTHERS["no sequences"](_call())) == "triton's"
+
+    assert calls.started == []
+
+
 def test_a_small_batch_compiles_what_a_large_one_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     double = Double(monkeypatch)
     monkeypatch.setattr(double.launcher, "make_triton_step", lambda *_, **__: lambda *_, **__: None)

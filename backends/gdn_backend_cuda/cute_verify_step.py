@@ -60,7 +60,8 @@ def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> V
             ]
         T = mixed_qkv.shape[0]
         items = T // metadata.max_drafts * H
-        if not deterministic and items < least_items(spec, metadata.max_drafts):
+        # a grid of no blocks would be refused
+        if items < (1 if deterministic else least_items(spec, metadata.max_drafts)):
             return None
         if out is None:
             out = torch.empty(T, HV, V, dtype=mixed_qkv.dtype, device=mixed_qkv.device)

@@ -81,7 +81,7 @@ class UpdateTile(NamedTuple):
 
 
 UPDATE_TILES = {
-    # H200, D = 8192, B = 128 and 512: 6.7 and 23 us, 7.4 and 26 with 4 rows, 7.2 and 25 with 16
+    # H200, D = 8192, B = 128 and 512: 6.8 and 23 us, 7.4 and 26 with 4 rows, 7.2 and 25 with 16
     "cuda": (UpdateTile(32, 1, 128, 2), UpdateTile(64, 4, 128, 4), UpdateTile(0, 8, 128, 4)),
     "rocm": (UpdateTile(32, 1, 64, 1), UpdateTile(128, 2, 128, 2), UpdateTile(0, 4, 128, 2)),
 }
@@ -592,6 +592,7 @@ def make_conv1d_update(spec: GdnSpec, device: Device, *, deterministic: bool) ->
         ]
         for tiles in (UPDATE_TILES, VECTOR_TILES)
     )
+    in_vectors = D % VECTOR.value == 0 and spec.conv_state_dtype.itemsize == 2
 
     def conv1d_update(
         x: Tensor,
@@ -608,10 +609,8 @@ def make_conv1d_update(spec: GdnSpec, device: Device, *, deterministic: bool) ->
             out = empty_like(x)
         B, (state_s, state_d, state_l) = x.shape[0], conv_state.stride()
         if B:
-            in_vectors = D % VECTOR.value == 0 and conv_state.itemsize == 2
-            dense_weight = in_vectors and weight.stride() == (W, 1)
-            dense_window = in_vectors and (state_d, state_l) == (W - 1, 1)
-            wide = dense_weight and (dense_window or state_d == 1)
+            dense_window = (state_d, state_l) == (W - 1, 1)
+            wide = in_vectors and weight.stride() == (W, 1) and (dense_window or state_d == 1)
             kernels = by_vector if wide else by_number
             tile, launch = next((each for each in kernels if each[0].batch >= B), kernels[-1])
             launch(

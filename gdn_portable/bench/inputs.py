@@ -36,9 +36,9 @@ class Slots:
     def __init__(self, case: Case, device: torch.device, generator: torch.Generator) -> None:
         N = case.num_sequences
         self.lengths = case.lengths
-        self.drafts, self.accepted = case.drafts, case.num_accepted
+        self.accepted = case.num_accepted
         self.table = case.protocol is DraftProtocol.SLOT_TABLE
-        rows = N * self.drafts if self.table else N
+        rows = N * case.drafts if self.table else N
         order = torch.randperm(rows, generator=generator, device=device)
         self.num_slots = rows + 1  # slot 0 is nobody's: some libraries write it
         self.slots = (order + 1).to(torch.int32)  # [N], or [N * P] of a table
@@ -57,7 +57,7 @@ class Slots:
     @cached_property
     def by_draft(self) -> Tensor:
         """Return a slot table, [N, P]."""
-        return self.slots.view(-1, self.drafts)
+        return self.slots.view(len(self.lengths), -1)
 
 
 class Batch:

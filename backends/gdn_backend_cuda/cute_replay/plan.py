@@ -113,7 +113,7 @@ def tensors_of(
 
 
 def is_served(metadata: VerifyMetadata, drafts: ReplayDrafts) -> bool:
-    """Return whether a batch is of chains of as many drafts each, few enough, also the pending."""
+    """Return whether a batch is of chains of one length, up to P, with room for up to ROOM."""
     return (
         1 <= metadata.max_drafts <= P
         and metadata.cu_seqlens is None
