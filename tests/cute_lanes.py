@@ -135,6 +135,12 @@ class Lanes:
     def high_bf16(self, word: Any) -> Array:
         return self.as_float(word & np.uint32(0xFFFF0000))
 
+    def low_fp16(self, word: Any) -> Array:
+        return np.ascontiguousarray(_low(word)).view(np.float16).astype(np.float32)
+
+    def high_fp16(self, word: Any) -> Array:
+        return self.low_fp16(word >> np.uint32(16))
+
     def pair(self, low: Any, high: Any) -> Any:
         return low | (high << np.uint32(16))
 
@@ -145,6 +151,10 @@ class Lanes:
 
     def round_bf16(self, low: Any, high: Any) -> Any:
         return self.pair(self._rounded(low), self._rounded(high))
+
+    def round_fp16(self, low: Any, high: Any) -> Any:
+        low, high = (self._array(x, np.float32).astype(np.float16) for x in (low, high))
+        return self.pair(*(x.view(np.uint16).astype(np.uint32) for x in (low, high)))
 
     def upper_halves(self, low: Any, high: Any) -> tuple[Array, Array, Array]:
         word = (self.as_word(low) >> np.uint32(16)) | (self.as_word(high) & np.uint32(0xFFFF0000))

@@ -11,7 +11,7 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 KINDS: dict[str, Any] = {
     "f32": np.float32, "u32": np.uint32, "s32": np.int32, "b32": np.uint32, "u64": np.uint64,
-    "s64": np.int64, "b64": np.uint64, "u16": np.uint16, "pred": np.uint64,
+    "s64": np.int64, "b64": np.uint64, "u16": np.uint16, "f16": np.float16, "pred": np.uint64,
 }  # fmt: skip
 COMPARE: dict[str, Callable[..., Any]] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
@@ -68,6 +68,11 @@ def to_bfloat16(x: Array) -> Array:
     bits = np.ascontiguousarray(x).view(np.uint32)
     odd = bits >> np.uint32(16) & np.uint32(1)
     return bits + np.uint32(0x7FFF) + odd >> np.uint32(16)
+
+
+def to_float16(x: Array) -> Array:
+    """Return float32 rounded to float16, in the lower half of a word."""
+    return x.astype(np.float16).view(np.uint16).astype(np.uint32)
 
 
 def matrix_product(a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> list[Array]:

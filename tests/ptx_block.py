@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 
 from tests.cute_lanes import Space
-from tests.ptx_arithmetic import KINDS, Array, compute, matrix_product, to_bfloat16
+from tests.ptx_arithmetic import (
+    KINDS,
+    Array,
+    compute,
+    matrix_product,
+    to_bfloat16,
+    to_float16,
+)
 from tests.ptx_program import Operand, Program, Statement
 
 WARP = 32
@@ -249,6 +256,10 @@ class Warp:
             sums = matrix_product(*words, [self._get(x, np.float32) for x in c])
             for target, x in zip(operands[0], sums, strict=True):
                 self._put(target, x, mask)
+        elif name == "mov" and isinstance(operands[0], tuple):
+            word = self._get(operands[1], np.uint32)
+            for half, target in enumerate(operands[0]):
+                self._put(target, (word >> np.uint32(16 * half)).astype(np.uint16), mask)
         else:
             self._put(operands[0], self._computed(parts, operands, kind), mask)
 
@@ -260,8 +271,9 @@ class Warp:
         if name == "selp":
             yes, no = (self._get(x, kind) for x in given[:2])
             return np.where(self._bits(str(given[2])), yes, no)
-        if name == "cvt" and "bf16x2" in parts:
-            high, low = (to_bfloat16(self._get(x, np.float32)) for x in given)
+        if name == "cvt" and parts[2] in ("bf16x2", "f16x2"):
+            rounded = to_bfloat16 if parts[2] == "bf16x2" else to_float16
+            high, low = (rounded(self._get(x, np.float32)) for x in given)
             return high << np.uint32(16) | low
         if name == "cvt" and "sat" in parts:
             return np.nan_to_num(np.clip(self._get(given[0], np.float32), 0, 1))

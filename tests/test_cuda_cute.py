@@ -27,7 +27,11 @@ from gdn_backend_cuda.cute_replay import kernel
 NAMED = {Op.VERIFY_STEP: "cute.verify_step"}
 BFLOAT16 = replace(SPEC, state_dtype=torch.bfloat16)
 LAYER = replace(SPEC, num_k_heads=16, num_v_heads=32)  # of Qwen3-Next
-SPECS = {"fp32 state": SPEC, "bf16 state": BFLOAT16}
+SPECS = {
+    "fp32 state": SPEC,
+    "bf16 state": BFLOAT16,
+    "fp16 state": replace(SPEC, state_dtype=torch.float16),
+}
 VERIFIES = [case.name for case in cases(SPEC) if case.op is Op.VERIFY_STEP]
 KINDS: dict[str, tuple[GdnSpec, int, dict[str, int]]] = {
     "fp32": (SPEC, 6, {}),
@@ -42,6 +46,7 @@ KINDS: dict[str, tuple[GdnSpec, int, dict[str, int]]] = {
     "fp32, two drafts, room for three": (SPEC, 6, {"P": 2, "room": 3, "bias": True}),
     "bf16, one draft, room for four": (BFLOAT16, 6, {"P": 1, "room": 4}),
     "bf16, Qwen3-Next, three drafts": (replace(LAYER, state_dtype=torch.bfloat16), 48, {"P": 3}),
+    "fp16": (replace(SPEC, state_dtype=torch.float16), 6, {"bias": True, "ties": True}),
     "bf16": (BFLOAT16, 6, {}),
     "bf16, no activation": (replace(BFLOAT16, activation=None), 6, {"bias": True}),
     "bf16, ratio 4": (replace(BFLOAT16, num_v_heads=8), 40, {"gate": True}),

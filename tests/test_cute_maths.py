@@ -18,6 +18,7 @@ from tests.cute_cases import SPEC, replay_case
 from tests.cute_double import HOPPER, Double
 
 BFLOAT16 = replace(SPEC, state_dtype=torch.bfloat16)
+FLOAT16 = replace(SPEC, state_dtype=torch.float16)
 KINDS: dict[str, tuple[GdnSpec, dict[str, int]]] = {
     "fp32 state": (SPEC, {}),
     "fp32 state, ties": (SPEC, {"ties": True, "bias": True}),
@@ -26,6 +27,8 @@ KINDS: dict[str, tuple[GdnSpec, dict[str, int]]] = {
         replace(BFLOAT16, num_k_heads=1),
         {"ties": True, "bias": True},
     ),
+    "fp16 state, ties": (FLOAT16, {"ties": True, "bias": True}),
+    "fp16 state, two drafts": (replace(FLOAT16, num_v_heads=2), {"P": 2}),
     "fp32 state, three drafts, ties": (SPEC, {"P": 3, "ties": True}),
     "fp32 state, two drafts, room for three": (SPEC, {"P": 2, "room": 3, "bias": True}),
     "bf16 state, one draft, room for four": (BFLOAT16, {"P": 1, "room": 4}),

@@ -82,6 +82,7 @@ def _hopper(
     probe: Probe,
     dtypes: tuple[torch.dtype, ...],
     refuse: Callable[[GdnSpec, Device], str | None],
+    state_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
 ) -> Kernel:
     return Kernel(
         op=op,
@@ -91,7 +92,7 @@ def _hopper(
         devices=("cuda",),
         archs=("sm90",),
         dtypes=dtypes,
-        state_dtypes=(torch.float32, torch.bfloat16),
+        state_dtypes=state_dtypes,
         head_dims=((128, 128),),
         state_layouts=(StateLayout.VK,),
         conv_layouts=None,
@@ -116,6 +117,7 @@ TABLE = (
         REPLAYS,
         BFLOAT16,
         _replay_is_unfit,
+        state_dtypes=(torch.float32, torch.bfloat16, torch.float16),
     ),
     *SHARED,
     _hopper(

@@ -20,6 +20,29 @@ from gdn_backend_cuda.cute_replay.shape import (
     Tensors,
 )
 
+# of a state's dtype: how many terms of bfloat16 hold all its bits, and so many of what changes it
+STATE_TERMS = {"float32": TERMS, "bfloat16": 1, "float16": 2}
+CHANGE_TERMS = {"float32": TERMS, "bfloat16": 2, "float16": 2}
+
+
+def _floats(ops, shape: Shape, words):
+    """Return the numbers of a row of the state that words hold."""
+    if shape.is_float32:
+        return [ops.as_float(word) for word in words]
+    halves = {
+        "bfloat16": (ops.low_bf16, ops.high_bf16),
+        "float16": (ops.low_fp16, ops.high_fp16),
+    }[shape.state]
+    return [half(word) for word in words for half in halves]
+
+
+def _words(ops, shape: Shape, row):
+    """Return the words that hold numbers of a row of the state, rounded to its dtype."""
+    if shape.is_float32:
+        return [ops.as_word(x) for x in row]
+    rounded = ops.round_bf16 if shape.state == "bfloat16" else ops.round_fp16
+    return [rounded(*row[i : i + 2]) for i in range(0, len(row), 2)]
+
 
 def _column(shape: Shape, n, t):
     """Return the first of the four columns of K that lane ``t`` of a quad has in block ``n``."""
@@ -64,7 +87,7 @@ def _put_chunks(ops, at, is_odd, n, first, second) -> None:
 
 
 def _blocks(ops, shape: Shape, at, pitch, is_odd, n):
-    """Return two of K's blocks, four for bfloat16, as words of rows 2g and 2g + 1."""
+    """Return two of K's blocks, four of 16 bits, as words of rows 2g and 2g + 1."""
     low = _load_chunks(ops, at, is_odd, n)
     high = _load_chunks(ops, at + pitch, is_odd, n)
     blocks = []
@@ -85,19 +108,20 @@ def multiply(ops, shape: Shape, lane, tile, for_Y):
     is_odd = (g & 1) == 1
     pitch = shape.tile // ROWS
     at = tile + g * (2 * pitch) + t * 16
-    terms = TERMS if shape.is_float32 else 1
+    terms = STATE_TERMS[shape.state]
     zeros = (ops.zero(),) * 4
     sums = [[zeros, zeros] for _ in range(terms)]
     per_pair = 2 if shape.is_float32 else 4
     for n in range(0, pitch // 64, 2):
         for i, (low, high) in enumerate(_blocks(ops, shape, at, pitch, is_odd, n)):
             keys, queries = for_Y[n // 2 * per_pair + i]
-            if not shape.is_float32:
+            if shape.state == "bfloat16":
                 S = (low[0], high[0], low[1], high[1])
                 sums[0][0] = ops.product16(S, keys, sums[0][0])
                 sums[0][1] = ops.product16(S, queries, sums[0][1])
                 continue
-            rest = [ops.as_float(word) for word in (*low[:2], *high[:2], *low[2:], *high[2:])]
+            low, high = _floats(ops, shape, low), _floats(ops, shape, high)
+            rest = [*low[:2], *high[:2], *low[2:], *high[2:]]
             for term in range(terms):
                 S = []
                 for m in range(4):
@@ -155,7 +179,7 @@ def update(ops, shape: Shape, lane, tile, solved, D, for_change) -> None:
     at = tile + g * (2 * pitch) + t * 16
     decay = ops.shared_float(solved + LEFT + KEYS * 4)
     rest, terms = list(D), []
-    for _ in range(TERMS if shape.is_float32 else 2):
+    for _ in range(CHANGE_TERMS[shape.state]):
         low, rest[0], rest[1] = ops.upper_halves(rest[0], rest[1])
         high, rest[2], rest[3] = ops.upper_halves(rest[2], rest[3])
         terms.append((low, high))
@@ -163,12 +187,7 @@ def update(ops, shape: Shape, lane, tile, solved, D, for_change) -> None:
     for n in range(0, pitch // 64, 2):
         low_words, high_words = [], []
         for i, (low, high) in enumerate(_blocks(ops, shape, at, pitch, is_odd, n)):
-            if shape.is_float32:
-                low = [ops.as_float(word) for word in low]
-                high = [ops.as_float(word) for word in high]
-            else:
-                low = [f(word) for word in low for f in (ops.low_bf16, ops.high_bf16)]
-                high = [f(word) for word in high for f in (ops.low_bf16, ops.high_bf16)]
+            low, high = _floats(ops, shape, low), _floats(ops, shape, high)
             changed = []
             for half in range(2):
                 S = [low[2 * half], low[2 * half + 1], high[2 * half], high[2 * half + 1]]
@@ -177,12 +196,8 @@ def update(ops, shape: Shape, lane, tile, solved, D, for_change) -> None:
                     S = ops.product8(term, for_change[n // 2 * per_pair + i][half], S)
                 changed.append(S)
             a, b = changed
-            if shape.is_float32:
-                low_words += [ops.as_word(s) for s in (a[0], a[1], b[0], b[1])]
-                high_words += [ops.as_word(s) for s in (a[2], a[3], b[2], b[3])]
-            else:
-                low_words += [ops.round_bf16(a[0], a[1]), ops.round_bf16(b[0], b[1])]
-                high_words += [ops.round_bf16(a[2], a[3]), ops.round_bf16(b[2], b[3])]
+            low_words += _words(ops, shape, (*a[:2], *b[:2]))
+            high_words += _words(ops, shape, (*a[2:], *b[2:]))
         _put_chunks(ops, at, is_odd, n, low_words[:4], low_words[4:])
         _put_chunks(ops, at + pitch, is_odd, n, high_words[:4], high_words[4:])
 

@@ -80,12 +80,13 @@ def shapes_of(spec: GdnSpec, kind: Kind) -> list[tuple[int, Shape]]:
     """Return up to how many items of a batch what is compiled; their results are the same bits."""
     heads = spec.num_v_heads // spec.num_k_heads
     size = heads * K * V * spec.state_dtype.itemsize
+    state = str(spec.state_dtype).removeprefix("torch.")
     teams = next(teams for most, teams in TEAMS if size <= most)
     return [
         (items, Shape(
-            H=spec.num_k_heads, HV=spec.num_v_heads, is_float32=spec.state_dtype is torch.float32,
-            pad_slot=spec.pad_slot, scale=spec.q_scale, has_norm=spec.qk_l2norm,
-            has_silu=spec.activation == "silu", **kind._asdict(), **team._asdict(),
+            H=spec.num_k_heads, HV=spec.num_v_heads, state=state, pad_slot=spec.pad_slot,
+            scale=spec.q_scale, has_norm=spec.qk_l2norm, has_silu=spec.activation == "silu",
+            **kind._asdict(), **team._asdict(),
         ))
         for items, team in teams
     ]  # fmt: skip

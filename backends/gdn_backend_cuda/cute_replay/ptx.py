@@ -164,6 +164,18 @@ def high_bf16(word):
     return as_float(word & Uint32(0xFFFF0000))
 
 
+def low_fp16(word):
+    """Return the lower half of a word as the float32 it is in float16."""
+    text = "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 $0, a; }"
+    return _asm(text, [Float32], [word], pure=True)
+
+
+def high_fp16(word):
+    """Return the upper half of a word likewise."""
+    text = "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 $0, b; }"
+    return _asm(text, [Float32], [word], pure=True)
+
+
 def pair(low, high):
     """Return two halves as one word; what is above 16 bits of ``low`` must be 0."""
     return low | (high << Uint32(16))
@@ -172,6 +184,11 @@ def pair(low, high):
 def round_bf16(low, high):
     """Return two floats rounded to bfloat16 in one word."""
     return _asm("cvt.rn.bf16x2.f32 $0, $2, $1;", [Uint32], [low, high], pure=True)
+
+
+def round_fp16(low, high):
+    """Return two floats rounded to float16 in one word."""
+    return _asm("cvt.rn.f16x2.f32 $0, $2, $1;", [Uint32], [low, high], pure=True)
 
 
 def upper_halves(low, high):

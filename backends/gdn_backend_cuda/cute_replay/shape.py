@@ -32,7 +32,7 @@ class Shape:
 
     H: int
     HV: int
-    is_float32: bool  # the state; else bfloat16
+    state: str  # its dtype: float32, bfloat16 or float16
     pad_slot: int
     scale: float
     has_norm: bool
@@ -44,6 +44,11 @@ class Shape:
     room: int  # for drafts that are pending: 1 to ROOM
     warps: int  # of a block: 4 or 8
     blocks: int  # that an SM is to hold
+
+    @property
+    def is_float32(self) -> bool:
+        """Whether the state is, and not of 16 bits."""
+        return self.state == "float32"
 
     @property
     def heads(self) -> int:
