@@ -109,7 +109,7 @@ def _solve(lanes: Lanes, shape: Shape, x: Tensors, item: Item) -> None:
         gates = solve.Gates(*new, *solve.fetch_pending(lanes, shape, x, item.slot, head, lane))
         rates = solve.fetch_rates(lanes, shape, x, head)
         decays = solve.decays(lanes, shape, x, item, head, lane, rates, gates)
-        products = solve.products(lanes, lane, buffer)
+        products = solve.products(lanes, shape, lane, buffer)
         scratch = shape.scratch_at + n * SCRATCH * 4
         solved = buffer + shape.solved + n * SOLVED
         solve.solve(lanes, shape, products, decays, lane, scratch, solved)

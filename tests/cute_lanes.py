@@ -135,11 +135,13 @@ class Lanes:
     def high_bf16(self, word: Any) -> Array:
         return self.as_float(word & np.uint32(0xFFFF0000))
 
-    def low_fp16(self, word: Any) -> Array:
+    def low_half(self, kind: str, word: Any) -> Array:
+        if kind == "bfloat16":
+            return self.low_bf16(word)
         return np.ascontiguousarray(_low(word)).view(np.float16).astype(np.float32)
 
-    def high_fp16(self, word: Any) -> Array:
-        return self.low_fp16(word >> np.uint32(16))
+    def high_half(self, kind: str, word: Any) -> Array:
+        return self.low_half(kind, word >> np.uint32(16))
 
     def pair(self, low: Any, high: Any) -> Any:
         return low | (high << np.uint32(16))
@@ -149,10 +151,9 @@ class Lanes:
         odd = (bits >> np.uint32(16)) & np.uint32(1)
         return (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
 
-    def round_bf16(self, low: Any, high: Any) -> Any:
-        return self.pair(self._rounded(low), self._rounded(high))
-
-    def round_fp16(self, low: Any, high: Any) -> Any:
+    def round_halves(self, kind: str, low: Any, high: Any) -> Any:
+        if kind == "bfloat16":
+            return self.pair(self._rounded(low), self._rounded(high))
         low, high = (self._array(x, np.float32).astype(np.float16) for x in (low, high))
         return self.pair(*(x.view(np.uint16).astype(np.uint32) for x in (low, high)))
 
@@ -160,7 +161,7 @@ class Lanes:
         word = (self.as_word(low) >> np.uint32(16)) | (self.as_word(high) & np.uint32(0xFFFF0000))
         return word, low - self.low_bf16(word), high - self.high_bf16(word)
 
-    def _product(self, a: Any, b: Any, c: Any, depth: int) -> tuple[Array, ...]:
+    def _product(self, a: Any, b: Any, c: Any, depth: int, kind: str) -> tuple[Array, ...]:
         """Place the operands as the PTX manual's tables of fragments do, and multiply."""
         lane = np.arange(self.lanes)
         warp, g, t = lane // 32, lane % 32 // 4, lane % 4
@@ -168,21 +169,22 @@ class Lanes:
         B = np.zeros((self.lanes // 32, depth, 8), np.float64)
         for n, word in enumerate(a):
             row, column = g + 8 * (n % 2), 2 * t + 8 * (n // 2)
-            A[warp, row, column] = self.low_bf16(word)
-            A[warp, row, column + 1] = self.high_bf16(word)
+            A[warp, row, column] = self.low_half(kind, word)
+            A[warp, row, column + 1] = self.high_half(kind, word)
         for n, word in enumerate(b):
             row = 2 * t + 8 * n
-            B[warp, row, g], B[warp, row + 1, g] = self.low_bf16(word), self.high_bf16(word)
+            B[warp, row, g] = self.low_half(kind, word)
+            B[warp, row + 1, g] = self.high_half(kind, word)
         C = A @ B
         return tuple(
             (C[warp, g + 8 * (n // 2), 2 * t + n % 2] + c[n]).astype(np.float32) for n in range(4)
         )
 
-    def product16(self, a: Any, b: Any, c: Any) -> tuple[Array, ...]:
-        return self._product(a, b, c, 16)
+    def product16(self, a: Any, b: Any, c: Any, kind: str = "bfloat16") -> tuple[Array, ...]:
+        return self._product(a, b, c, 16, kind)
 
     def product8(self, a: Any, b: Any, c: Any) -> tuple[Array, ...]:
-        return self._product(a, (b,), c, 8)
+        return self._product(a, (b,), c, 8, "bfloat16")
 
     def exp2(self, x: Any) -> Any:
         return np.exp2(x)

@@ -75,28 +75,33 @@ def to_float16(x: Array) -> Array:
     return x.astype(np.float16).view(np.uint16).astype(np.uint32)
 
 
-def matrix_product(a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> list[Array]:
+def matrix_product(
+    a: Sequence[Array], b: Sequence[Array], c: Sequence[Array], kind: str
+) -> list[Array]:
     """Place a warp's operands as the manual's tables of fragments do, and multiply.
 
     Args:
-        a: words of [16, depth] in bfloat16, four for a depth of 16 and two for 8.
+        a: words of [16, depth], four for a depth of 16 and two for 8.
         b: words of [depth, 8].
         c: floats of [16, 8].
+        kind: ``bf16`` or ``f16``, of the halves of words.
     """
     lane = np.arange(32)
     g, t, depth = lane // 4, lane % 4, 8 * len(b)
     A, B = np.zeros((16, depth)), np.zeros((depth, 8))
     for n, word in enumerate(a):
         for half in range(2):
-            A[g + 8 * (n % 2), 2 * t + 8 * (n // 2) + half] = _half(word, half)
+            A[g + 8 * (n % 2), 2 * t + 8 * (n // 2) + half] = _half(word, half, kind)
     for n, word in enumerate(b):
         for half in range(2):
-            B[2 * t + 8 * n + half, g] = _half(word, half)
+            B[2 * t + 8 * n + half, g] = _half(word, half, kind)
     C = A @ B
     sums = (C[g + 8 * (n // 2), 2 * t + n % 2] + c[n] for n in range(4))
     return [np.float32(total) for total in sums]
 
 
-def _half(word: Array, half: int) -> Array:
+def _half(word: Array, half: int, kind: str) -> Array:
+    if kind == "f16":
+        return (word >> np.uint32(16 * half)).astype(np.uint16).view(np.float16)
     shifted = word if half else word << np.uint32(16)
     return np.ascontiguousarray(shifted & np.uint32(0xFFFF0000)).view(np.float32)

@@ -253,7 +253,7 @@ class Warp:
             assert mask.all(), "part of a warp at a product of matrices"
             a, b, c = (x if isinstance(x, tuple) else (x,) for x in operands[1:])
             words = [[self._get(x, np.uint32) for x in each] for each in (a, b)]
-            sums = matrix_product(*words, [self._get(x, np.float32) for x in c])
+            sums = matrix_product(*words, [self._get(x, np.float32) for x in c], parts[-2])
             for target, x in zip(operands[0], sums, strict=True):
                 self._put(target, x, mask)
         elif name == "mov" and isinstance(operands[0], tuple):

@@ -121,7 +121,7 @@ def test_doctor_shows_why_the_library_cannot_be_used(site: Site, command: Comman
     [
         ({"state_layout": StateLayout.KV}, "state layout is KV, needs VK"),
         ({"head_v_dim": 64}, "head dims (K, V) is (128, 64), needs (128, 128)"),
-        ({"dtype": torch.float16}, "dtype is torch.float16, needs torch.bfloat16"),
+        ({"dtype": torch.float32}, "dtype is torch.float32, needs torch.bfloat16"),
         ({"conv_dtype": torch.float32}, "conv dtype is torch.float32, needs torch.bfloat16"),
         ({"conv_width": 3}, "conv_width is 3, needs 4"),
         ({"num_v_heads": 16}, "HV / H is 8, needs at most 4"),

@@ -68,8 +68,8 @@ def _replay_is_unfit(spec: GdnSpec, device: Device) -> str | None:
     ratio = spec.num_v_heads // spec.num_k_heads
     if spec.conv_width != CONV_WIDTH:
         return f"conv_width is {spec.conv_width}, needs {CONV_WIDTH}"
-    if spec.conv_state_dtype not in BFLOAT16:
-        return f"conv dtype is {spec.conv_state_dtype}, needs {BFLOAT16[0]}"
+    if spec.conv_state_dtype != spec.dtype:
+        return f"conv dtype is {spec.conv_state_dtype}, needs {spec.dtype}"
     if ratio > MOST_RATIO:
         return f"HV / H is {ratio}, needs at most {MOST_RATIO}"
     return None
@@ -115,7 +115,7 @@ TABLE = (
         "cute.verify_step",
         "cute_verify_step:make_verify_step",
         REPLAYS,
-        BFLOAT16,
+        (torch.bfloat16, torch.float16),
         _replay_is_unfit,
         state_dtypes=(torch.float32, torch.bfloat16, torch.float16),
     ),

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A layer's verification of drafts by replay in one kernel, the states read and written once.
 
-It takes chains of up to 4 drafts with room for up to 4 that are pending, everything in bfloat16 but
-the state, the gates that are kept and the rates. Calls for anything else go to the Triton kernels:
-other protocols, trees, chains of different lengths or longer ones, other dtypes and strides, and
-batches so small that those are faster. Calls that are wrong go there too, to be refused.
+It takes chains of up to 4 drafts with room for up to 4 that are pending, everything in the 16 bits
+of activations but the state, the gates that are kept and the rates. Calls for anything else go to
+the Triton kernels: other protocols, trees, chains of different lengths or longer ones, other dtypes
+and strides, and batches so small that those are faster. Calls that are wrong go there too, to be
+refused.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> V
         if out is None:
             out = torch.empty(T, HV, V, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
         given = tensors_of(mixed_qkv, a, b, params, pool.conv_state, pool.state, drafts, out)
-        steps = strides(layout_of(given))
+        steps = strides(layout_of(given), spec.dtype)
         numbers = None if steps is None else numbers_of(given, steps, metadata, items)
         if numbers is None:
             return None

@@ -20,28 +20,36 @@ from gdn_backend_cuda.cute_replay.shape import (
     Tensors,
 )
 
-# of a state's dtype: how many terms of bfloat16 hold all its bits, and so many of what changes it
-STATE_TERMS = {"float32": TERMS, "bfloat16": 1, "float16": 2}
-CHANGE_TERMS = {"float32": TERMS, "bfloat16": 2, "float16": 2}
+# by dtype: how many terms of bfloat16 hold all bits of a number, and so many of a state's change
+TERMS_OF = {"float32": TERMS, "bfloat16": 1, "float16": 2}
+CHANGES = {"float32": TERMS, "bfloat16": 2, "float16": 2}
+
+
+def _terms(ops, shape: Shape, words):
+    """Return words of numbers of X as terms of bfloat16, all words of a term at a time."""
+    if shape.dtype == "bfloat16":
+        return [tuple(words)]
+    halves = [(ops.low_half(shape.dtype, w), ops.high_half(shape.dtype, w)) for w in words]
+    terms = []
+    for _ in range(TERMS_OF[shape.dtype]):
+        cut = [ops.upper_halves(*pair) for pair in halves]
+        terms.append(tuple(word for word, *_ in cut))
+        halves = [rest for _, *rest in cut]
+    return terms
 
 
 def _floats(ops, shape: Shape, words):
     """Return the numbers of a row of the state that words hold."""
     if shape.is_float32:
         return [ops.as_float(word) for word in words]
-    halves = {
-        "bfloat16": (ops.low_bf16, ops.high_bf16),
-        "float16": (ops.low_fp16, ops.high_fp16),
-    }[shape.state]
-    return [half(word) for word in words for half in halves]
+    return [half(shape.state, w) for w in words for half in (ops.low_half, ops.high_half)]
 
 
 def _words(ops, shape: Shape, row):
     """Return the words that hold numbers of a row of the state, rounded to its dtype."""
     if shape.is_float32:
         return [ops.as_word(x) for x in row]
-    rounded = ops.round_bf16 if shape.state == "bfloat16" else ops.round_fp16
-    return [rounded(*row[i : i + 2]) for i in range(0, len(row), 2)]
+    return [ops.round_halves(shape.state, *row[i : i + 2]) for i in range(0, len(row), 2)]
 
 
 def _column(shape: Shape, n, t):
@@ -50,18 +58,19 @@ def _column(shape: Shape, n, t):
 
 
 def operands(ops, shape: Shape, lane, buffer):
-    """Return X as the tensor core takes it: for Y, by block of K; for the change, likewise."""
+    """Return X as the tensor core takes it: terms for Y, by block of K; and for the change."""
     g, t = lane >> 2, lane & 3
     for_Y, for_change = [], []
     for n in range(K // 16):
         at = buffer + g * X_ROW + _column(shape, n, t) * 2
-        for_Y.append((ops.shared_words(at, 2), ops.shared_words(at + 8 * X_ROW, 2)))
+        words = (*ops.shared_words(at, 2), *ops.shared_words(at + 8 * X_ROW, 2))
+        for_Y.append([(term[:2], term[2:]) for term in _terms(ops, shape, words)])
         at = buffer + t * (2 * X_ROW) + (_column(shape, n, g >> 1) + (g & 1)) * 2
         halves = []
         for i in range(2):
             word = ops.pair(ops.shared_u16(at + i * 4), ops.shared_u16(at + i * 4 + X_ROW))
             halves.append(ops.select(t < 2, word, ops.no_bits()))
-        for_change.append(tuple(halves))
+        for_change.append(_terms(ops, shape, halves))
     return for_Y, for_change
 
 
@@ -108,27 +117,27 @@ def multiply(ops, shape: Shape, lane, tile, for_Y):
     is_odd = (g & 1) == 1
     pitch = shape.tile // ROWS
     at = tile + g * (2 * pitch) + t * 16
-    terms = STATE_TERMS[shape.state]
+    terms = TERMS_OF[shape.state]
     zeros = (ops.zero(),) * 4
     sums = [[zeros, zeros] for _ in range(terms)]
     per_pair = 2 if shape.is_float32 else 4
     for n in range(0, pitch // 64, 2):
         for i, (low, high) in enumerate(_blocks(ops, shape, at, pitch, is_odd, n)):
-            keys, queries = for_Y[n // 2 * per_pair + i]
-            if shape.state == "bfloat16":
-                S = (low[0], high[0], low[1], high[1])
-                sums[0][0] = ops.product16(S, keys, sums[0][0])
-                sums[0][1] = ops.product16(S, queries, sums[0][1])
-                continue
-            low, high = _floats(ops, shape, low), _floats(ops, shape, high)
-            rest = [*low[:2], *high[:2], *low[2:], *high[2:]]
+            S, rest = (low[0], high[0], low[1], high[1]), []
+            if shape.state != "bfloat16":
+                low, high = _floats(ops, shape, low), _floats(ops, shape, high)
+                rest = [*low[:2], *high[:2], *low[2:], *high[2:]]
             for term in range(terms):
-                S = []
-                for m in range(4):
-                    word, rest[2 * m], rest[2 * m + 1] = ops.upper_halves(*rest[2 * m : 2 * m + 2])
-                    S.append(word)
-                sums[term][0] = ops.product16(S, keys, sums[term][0])
-                sums[term][1] = ops.product16(S, queries, sums[term][1])
+                if rest:
+                    S = []
+                    for m in range(4):
+                        pair = rest[2 * m : 2 * m + 2]
+                        word, rest[2 * m], rest[2 * m + 1] = ops.upper_halves(*pair)
+                        S.append(word)
+                # the last terms of both are below what float32 holds
+                for X in for_Y[n // 2 * per_pair + i][: max(TERMS - term, 1)]:
+                    for half in range(2):
+                        sums[term][half] = ops.product16(S, X[half], sums[term][half])
     products = []
     for half in range(2):
         total = sums[-1][half]
@@ -150,7 +159,7 @@ def attend(
         Y.append([products[half][i] * decay[i & 1] for i in range(4)])
     at = values + t * (2 * V_ROW) + (first_row + g * 2) * 2
     v = [ops.shared_words(at + i * V_ROW, 1)[0] for i in range(2)]
-    v = (ops.low_bf16(v[0]), ops.low_bf16(v[1]), ops.high_bf16(v[0]), ops.high_bf16(v[1]))
+    v = [half(shape.dtype, word) for half in (ops.low_half, ops.high_half) for word in v]
     rest = [v[i] - Y[0][i] for i in range(4)]
     D = zeros
     factors = [ops.shared_words(solved + term * 128 + lane * 4, 1)[0] for term in range(TERMS)]
@@ -165,7 +174,7 @@ def attend(
     at = out + (item.row + ops.wide(draft)) * x.out_t
     for i in range(2):
         is_query = (t >= 2) & (draft + i < shape.drafts)
-        ops.store_word_if(is_query, at + i * x.out_t, ops.round_bf16(o[i], o[2 + i]))
+        ops.store_word_if(is_query, at + i * x.out_t, ops.round_halves(shape.dtype, o[i], o[2 + i]))
     left = [ops.as_float(w) for w in ops.shared_words(solved + LEFT + t * 8, 2)]
     nothing = ops.zero()
     return tuple(ops.select(t < 2, D[i] * left[i & 1], nothing) for i in range(4))
@@ -179,7 +188,7 @@ def update(ops, shape: Shape, lane, tile, solved, D, for_change) -> None:
     at = tile + g * (2 * pitch) + t * 16
     decay = ops.shared_float(solved + LEFT + KEYS * 4)
     rest, terms = list(D), []
-    for _ in range(CHANGE_TERMS[shape.state]):
+    for _ in range(CHANGES[shape.state]):
         low, rest[0], rest[1] = ops.upper_halves(rest[0], rest[1])
         high, rest[2], rest[3] = ops.upper_halves(rest[2], rest[3])
         terms.append((low, high))
@@ -192,8 +201,9 @@ def update(ops, shape: Shape, lane, tile, solved, D, for_change) -> None:
             for half in range(2):
                 S = [low[2 * half], low[2 * half + 1], high[2 * half], high[2 * half + 1]]
                 S = tuple(s * decay for s in S)
-                for term in terms:
-                    S = ops.product8(term, for_change[n // 2 * per_pair + i][half], S)
+                for m, term in enumerate(terms):
+                    for X in for_change[n // 2 * per_pair + i][: len(terms) - m]:
+                        S = ops.product8(term, X[half], S)
                 changed.append(S)
             a, b = changed
             low_words += _words(ops, shape, (*a[:2], *b[:2]))

@@ -97,7 +97,7 @@ def _verify(values, item, shape: cutlass.Constexpr, base, thread, warp, lane):
     if warp < heads:
         gates = solve.Gates(*new, *old)
         decays = solve.decays(ptx, shape, x, item, own_head, lane, rates, gates)
-        XX = solve.products(ptx, lane, gathered)
+        XX = solve.products(ptx, shape, lane, gathered)
         scratch = base + shape.scratch_at + warp * (SCRATCH * 4)
         solve.solve(ptx, shape, XX, decays, lane, scratch, gathered + shape.solved + warp * SOLVED)
         ptx.sync_warp()

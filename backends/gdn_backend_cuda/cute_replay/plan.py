@@ -25,7 +25,7 @@ STATE, OUT = list(AXES).index("state"), list(AXES).index("out")
 CONTIGUOUS = {
     "A_log": 0, "dt_bias": 0, "inputs": 2, "out": 2, "kept_k": 3, "kept_v": 3,
 }  # fmt: skip
-IN_BFLOAT16 = (
+OF_ACTIVATIONS = (
     "mixed", "weight", "bias", "window", "inputs", "a", "b", "kept_k", "kept_v", "out",
 )  # fmt: skip
 IN_FLOAT32 = ("A_log", "kept_g", "kept_beta")
@@ -80,13 +80,16 @@ def shapes_of(spec: GdnSpec, kind: Kind) -> list[tuple[int, Shape]]:
     """Return up to how many items of a batch what is compiled; their results are the same bits."""
     heads = spec.num_v_heads // spec.num_k_heads
     size = heads * K * V * spec.state_dtype.itemsize
-    state = str(spec.state_dtype).removeprefix("torch.")
+    dtype, state = (str(x).removeprefix("torch.") for x in (spec.dtype, spec.state_dtype))
     teams = next(teams for most, teams in TEAMS if size <= most)
+    if spec.dtype is torch.float16:
+        # two terms of X take registers that two blocks of 8 warps do not have
+        teams = ((ANY, Team(4, 2) if heads <= 2 else Team(8, 1)),)
     return [
         (items, Shape(
-            H=spec.num_k_heads, HV=spec.num_v_heads, state=state, pad_slot=spec.pad_slot,
-            scale=spec.q_scale, has_norm=spec.qk_l2norm, has_silu=spec.activation == "silu",
-            **kind._asdict(), **team._asdict(),
+            H=spec.num_k_heads, HV=spec.num_v_heads, dtype=dtype, state=state,
+            pad_slot=spec.pad_slot, scale=spec.q_scale, has_norm=spec.qk_l2norm,
+            has_silu=spec.activation == "silu", **kind._asdict(), **team._asdict(),
         ))
         for items, team in teams
     ]  # fmt: skip
@@ -128,8 +131,10 @@ def layout_of(given: Given) -> Layout:
     return tuple([None if x is None else (x.dtype, x.stride()) for x in given])
 
 
-def strides_of(layout: Layout) -> tuple[int, ...] | None:
+def strides_of(layout: Layout, dtype: torch.dtype) -> tuple[int, ...] | None:
     """Return the strides in bytes that the kernel takes; None where the tensors do not fit.
+
+    ``dtype`` is that of activations.
 
     It costs tens of microseconds: to be kept by layout.
     """
@@ -143,9 +148,9 @@ def strides_of(layout: Layout) -> tuple[int, ...] | None:
         return [strides[name][axis] * dtypes[name].itemsize for axis in AXES[name]]
 
     fits = (
-        all(dtypes.get(name, torch.bfloat16) is torch.bfloat16 for name in IN_BFLOAT16)
+        all(dtypes.get(name, dtype) is dtype for name in OF_ACTIVATIONS)
         and all(dtypes[name] is torch.float32 for name in IN_FLOAT32)
-        and dtypes["dt_bias"] in (torch.float32, torch.bfloat16)
+        and dtypes["dt_bias"] in (torch.float32, dtype)
         and strides["state"][2:] == (K, 1)
         and all(strides[name][axis] == 1 for name, axis in CONTIGUOUS.items())
         and not any(step % size for name, size in ALIGNMENT.items() for step in in_bytes(name))

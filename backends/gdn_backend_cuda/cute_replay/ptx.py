@@ -12,6 +12,7 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint32
 from cutlass._mlir.dialects import arith, llvm
 from cutlass.cutlass_dsl import dsl_user_op
 
+PTX_NAMES = {"bfloat16": "bf16", "float16": "f16"}
 CONSTRAINTS = {Float32: "f", Int32: "r", Uint32: "r", Int64: "l"}
 
 
@@ -164,14 +165,18 @@ def high_bf16(word):
     return as_float(word & Uint32(0xFFFF0000))
 
 
-def low_fp16(word):
-    """Return the lower half of a word as the float32 it is in float16."""
+def low_half(kind, word):
+    """Return the lower half of a word as the float32 it is in bfloat16 or in float16."""
+    if kind == "bfloat16":
+        return low_bf16(word)
     text = "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 $0, a; }"
     return _asm(text, [Float32], [word], pure=True)
 
 
-def high_fp16(word):
+def high_half(kind, word):
     """Return the upper half of a word likewise."""
+    if kind == "bfloat16":
+        return high_bf16(word)
     text = "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 $0, b; }"
     return _asm(text, [Float32], [word], pure=True)
 
@@ -181,14 +186,10 @@ def pair(low, high):
     return low | (high << Uint32(16))
 
 
-def round_bf16(low, high):
-    """Return two floats rounded to bfloat16 in one word."""
-    return _asm("cvt.rn.bf16x2.f32 $0, $2, $1;", [Uint32], [low, high], pure=True)
-
-
-def round_fp16(low, high):
-    """Return two floats rounded to float16 in one word."""
-    return _asm("cvt.rn.f16x2.f32 $0, $2, $1;", [Uint32], [low, high], pure=True)
+def round_halves(kind, low, high):
+    """Return two floats rounded to bfloat16 or to float16, in one word."""
+    text = f"cvt.rn.{PTX_NAMES[kind]}x2.f32 $0, $2, $1;"
+    return _asm(text, [Uint32], [low, high], pure=True)
 
 
 def upper_halves(low, high):
@@ -198,10 +199,11 @@ def upper_halves(low, high):
     return word, low - low_bf16(word), high - high_bf16(word)
 
 
-def product16(a, b, c):
+def product16(a, b, c, kind="bfloat16"):
     """Return [16, 16] times [16, 8] plus c, one tensor core instruction."""
+    name = PTX_NAMES[kind]
     text = (
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, "
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{name}.{name}.f32 {{$0, $1, $2, $3}}, "
         "{$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
     )
     return _asm(text, [Float32] * 4, [*a, *b, *c], memory=False)

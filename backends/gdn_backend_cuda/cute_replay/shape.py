@@ -32,6 +32,7 @@ class Shape:
 
     H: int
     HV: int
+    dtype: str  # of activations: bfloat16 or float16
     state: str  # its dtype: float32, bfloat16 or float16
     pad_slot: int
     scale: float

@@ -133,13 +133,14 @@ def gather(ops, shape: Shape, x: Tensors, item: Item, j, buffer, vectors, filter
         for r in (*no_rows, *range(first + shape.drafts, first + P)):
             ops.put_u16(target + r * pitch, ops.no_bits())
         for t in range(shape.drafts):
-            y = ops.zero() if offset is None else ops.low_bf16(ops.here(offset))
+            y = ops.zero() if offset is None else ops.low_half(shape.dtype, ops.here(offset))
             for i in range(W):
-                y = y + ops.low_bf16(columns[t + i]) * ops.low_bf16(factors[i])
+                x_i, factor = (ops.low_half(shape.dtype, z) for z in (columns[t + i], factors[i]))
+                y = y + x_i * factor
             if shape.has_silu:
                 root = ops.reciprocal_root(ops.exp2(y * ops.number(-LOG2_E)) + ops.one())
                 y = y * root * root
-            word = ops.round_bf16(y, ops.zero())
+            word = ops.round_halves(shape.dtype, y, ops.zero())
             ops.put_u16(target + (first + t) * pitch, word)
             if n >= 1:
                 kept, kept_p = _kept(ops, shape, x, slot, head, n, j)
@@ -150,7 +151,7 @@ def gather(ops, shape: Shape, x: Tensors, item: Item, j, buffer, vectors, filter
             ops.store_u16_if(pending >= 0, inputs + t * x.inputs_p, columns[W - 1 + t])
 
 
-def products(ops, lane, buffer):
+def products(ops, shape: Shape, lane, buffer):
     """Return X times its keys and times its queries, as the tensor core leaves them."""
     g, t = lane >> 2, lane & 3
     sums = [[(ops.zero(),) * 4] * 2 for _ in range(2)]
@@ -159,8 +160,8 @@ def products(ops, lane, buffer):
         a0, a2 = ops.shared_words(at, 2)
         a1, a3 = ops.shared_words(at + 8 * X_ROW, 2)
         keys, queries = sums[n & 1]
-        keys = ops.product16((a0, a1, a2, a3), (a0, a2), keys)
-        queries = ops.product16((a0, a1, a2, a3), (a1, a3), queries)
+        keys = ops.product16((a0, a1, a2, a3), (a0, a2), keys, shape.dtype)
+        queries = ops.product16((a0, a1, a2, a3), (a1, a3), queries, shape.dtype)
         sums[n & 1] = [keys, queries]
     return [[x + y for x, y in zip(one, two, strict=True)] for one, two in zip(*sums, strict=True)]
 
@@ -243,9 +244,9 @@ def decays(ops, shape: Shape, x: Tensors, item: Item, value_head, lane, rates: R
            gates: Gates) -> Decays:  # fmt: skip
     """Compute a value head's gates and keep them; return the sums."""
     r, step = lane & 7, lane & 3
-    a, b = ops.low_bf16(ops.here(gates.a)), ops.low_bf16(ops.here(gates.b))
+    a, b = (ops.low_half(shape.dtype, ops.here(x)) for x in (gates.a, gates.b))
     A_log = ops.shuffle(rates.A_log, lane)  # nothing waits where it is loaded
-    dt_bias = rates.dt_bias if shape.float32_dt_bias else ops.low_bf16(rates.dt_bias)
+    dt_bias = rates.dt_bias if shape.float32_dt_bias else ops.low_half(shape.dtype, rates.dt_bias)
     g = ops.zero() - ops.exp(A_log) * softplus(ops, a + dt_bias)
     beta = ops.one() / (ops.one() + ops.exp(ops.zero() - b))
     ops.sync_warp()  # a lane keeps what is new where another has loaded what is pending
