@@ -14,10 +14,7 @@ import numpy as np
 import pytest
 from gdn_backend_cuda.cute_replay import apply, solve
 from gdn_backend_cuda.cute_replay.shape import (
-    KEYS,
     ROWS,
-    SCRATCH,
-    SOLVED,
     V_ROW,
     X_ROW,
     Item,
@@ -88,8 +85,9 @@ def run(shape: Shape, memory: Space, numbers: Sequence[int]) -> None:
         pending = min(max(pending, 0), shape.room)
         item = Item(np.int64(slot), np.int64(pending), np.int64(sequence * shape.drafts), head)
         lanes.space.data[:] = 0xFF  # NaN
-        zeros = shape.gathered_at + KEYS * X_ROW
-        lanes.space.data[zeros : zeros + 4 * X_ROW] = 0
+        if shape.group == 4:
+            zeros = shape.gathered_at + shape.keys * X_ROW
+            lanes.space.data[zeros : zeros + 4 * X_ROW] = 0
         if slot > shape.pad_slot:
             _solve(lanes, shape, x, item)
         _apply(lanes, shape, x, item)
@@ -110,8 +108,8 @@ def _solve(lanes: Lanes, shape: Shape, x: Tensors, item: Item) -> None:
         rates = solve.fetch_rates(lanes, shape, x, head)
         decays = solve.decays(lanes, shape, x, item, head, lane, rates, gates)
         products = solve.products(lanes, shape, lane, buffer)
-        scratch = shape.scratch_at + n * SCRATCH * 4
-        solved = buffer + shape.solved + n * SOLVED
+        scratch = shape.scratch_at + n * shape.scratch
+        solved = buffer + shape.solved + n * shape.solved_size
         solve.solve(lanes, shape, products, decays, lane, scratch, solved)
 
 
@@ -124,8 +122,8 @@ def _apply(lanes: Lanes, shape: Shape, x: Tensors, item: Item) -> None:
             if item.slot <= shape.pad_slot:
                 apply.zeros(lanes, shape, x, item, head, lane, first_row)
                 continue
-            solved = buffer + shape.solved + n * SOLVED
-            values = buffer + shape.values + n * KEYS * V_ROW
+            solved = buffer + shape.solved + n * shape.solved_size
+            values = buffer + shape.values + n * shape.keys * V_ROW
             source = x.state + item.slot * x.state_s + head * x.state_h + part * shape.tile
             rows = lanes.memory.at(source + np.arange(shape.tile // 16) * 16, 16)
             staged = lanes.space.data[tile : tile + shape.tile].reshape(rows.shape)

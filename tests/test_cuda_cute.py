@@ -47,6 +47,8 @@ KINDS: dict[str, tuple[GdnSpec, int, dict[str, int]]] = {
     "bf16, one draft, room for four": (BFLOAT16, 6, {"P": 1, "room": 4}),
     "bf16, Qwen3-Next, three drafts": (replace(LAYER, state_dtype=torch.bfloat16), 48, {"P": 3}),
     "fp16": (replace(SPEC, state_dtype=torch.float16), 6, {"bias": True, "ties": True}),
+    "fp32, eight drafts": (SPEC, 6, {"P": 8, "bias": True, "ties": True}),
+    "bf16, five drafts": (BFLOAT16, 6, {"P": 5}),
     "fp16 activations": (replace(SPEC, dtype=torch.float16), 6, {"bias": True, "ties": True}),
     "bf16": (BFLOAT16, 6, {}),
     "bf16, no activation": (replace(BFLOAT16, activation=None), 6, {"bias": True}),

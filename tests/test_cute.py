@@ -237,7 +237,7 @@ OTHERS: dict[str, Callable[[Call], Call]] = {
         **_with(call, "metadata", state_indices=torch.zeros(6, P, dtype=torch.int32)),
         "drafts": None,
     },
-    "room for five": lambda call: _with(call, "drafts", k=torch.zeros(9, 5, 2, 128).bfloat16()),
+    "room for nine": lambda call: _with(call, "drafts", k=torch.zeros(9, 9, 2, 128).bfloat16()),
     "gates in float32": lambda call: {**call, "a": call["a"].float()},
     "rates in bfloat16": lambda call: _with(
         call, "params", A_log=call["params"].A_log.bfloat16()

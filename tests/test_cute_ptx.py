@@ -53,6 +53,8 @@ KINDS: dict[str, tuple[GdnSpec, int, Team, dict[str, int]]] = {
     "bf16 state, two drafts, room for three": (BFLOAT16, 5, Team(8, 2), {"P": 2, "room": 3}),
     "fp16 state": (replace(BFLOAT16, state_dtype=torch.float16), 5, Team(8, 2), {"bias": True}),
     "fp16": (replace(RATIO2, dtype=torch.float16), 3, Team(4, 2), {"ties": True}),
+    "fp32 state, eight drafts": (RATIO2, 3, Team(8, 1), {"P": 8, "bias": True}),
+    "bf16 state, five drafts": (BFLOAT16, 3, Team(4, 2), {"P": 5, "ties": True}),
     "bf16 state, one draft": (BFLOAT16, 3, Team(8, 2), {"P": 1}),
 }
 Change = Callable[[Program], Program]

@@ -17,17 +17,22 @@ from ci.resources.calls import MODELS, Call, P
 from ci.resources.driver import Compiled
 
 KEY_HEADS = (32, 16, 8)  # beside 32 value heads
-CALL = Kind(has_bias=False, has_accepted=True, float32_dt_bias=True, drafts=P, room=P)
+DRAFTS = (P, 8)
 
 
 def cute_calls(arch: str, report: Callable[[Compiled], None]) -> Iterator[Call]:
     """Yield what compiles the kernels for models' layers and for other ratios of heads."""
     for layer, spec in MODELS.items():
         for H in KEY_HEADS:
-            name = f"verify_step P{P} replay H{H} HV{spec.num_v_heads}"
-            for most, shape in shapes_of(replace(spec, num_k_heads=H), CALL):
-                batch = name if most == ANY else f"{name}, {most} items"
-                yield Call(layer, batch, partial(_replay, shape, arch, report))
+            for drafts in DRAFTS:
+                name = f"verify_step P{drafts} replay H{H} HV{spec.num_v_heads}"
+                call = Kind(
+                    has_bias=False, has_accepted=True, float32_dt_bias=True, drafts=drafts,
+                    room=drafts,
+                )  # fmt: skip
+                for most, shape in shapes_of(replace(spec, num_k_heads=H), call):
+                    batch = name if most == ANY else f"{name}, {most} items"
+                    yield Call(layer, batch, partial(_replay, shape, arch, report))
 
 
 def _replay(shape: Shape, arch: str, report: Callable[[Compiled], None]) -> None:

@@ -7,9 +7,6 @@ Written in the functions of ``ptx`` alone, as ``solve`` is.
 from __future__ import annotations
 
 from gdn_backend_cuda.cute_replay.shape import (
-    DECAY,
-    KEYS,
-    LEFT,
     ROWS,
     TERMS,
     V_ROW,
@@ -63,13 +60,14 @@ def operands(ops, shape: Shape, lane, buffer):
     for_Y, for_change = [], []
     for n in range(K // 16):
         at = buffer + g * X_ROW + _column(shape, n, t) * 2
-        words = (*ops.shared_words(at, 2), *ops.shared_words(at + 8 * X_ROW, 2))
-        for_Y.append([(term[:2], term[2:]) for term in _terms(ops, shape, words)])
+        words = [w for i in range(0, shape.x_rows, 8) for w in ops.shared_words(at + i * X_ROW, 2)]
+        terms = _terms(ops, shape, words)
+        for_Y.append([[term[i : i + 2] for i in range(0, len(words), 2)] for term in terms])
         at = buffer + t * (2 * X_ROW) + (_column(shape, n, g >> 1) + (g & 1)) * 2
         halves = []
         for i in range(2):
             word = ops.pair(ops.shared_u16(at + i * 4), ops.shared_u16(at + i * 4 + X_ROW))
-            halves.append(ops.select(t < 2, word, ops.no_bits()))
+            halves.append(ops.select(t < 2, word, ops.no_bits()) if shape.group == 4 else word)
         for_change.append(_terms(ops, shape, halves))
     return for_Y, for_change
 
@@ -109,7 +107,7 @@ def _blocks(ops, shape: Shape, at, pitch, is_odd, n):
 
 
 def multiply(ops, shape: Shape, lane, tile, for_Y):
-    """Multiply a warp's rows by X; return products with its keys and with its queries.
+    """Multiply a warp's rows by X; return products with every 8 rows of it, the last queries.
 
     ``tile`` is [16, K] of the state; row 2g is the tensor core's g, 2g + 1 its g + 8.
     """
@@ -119,7 +117,8 @@ def multiply(ops, shape: Shape, lane, tile, for_Y):
     at = tile + g * (2 * pitch) + t * 16
     terms = TERMS_OF[shape.state]
     zeros = (ops.zero(),) * 4
-    sums = [[zeros, zeros] for _ in range(terms)]
+    tiles = shape.x_rows // 8
+    sums = [[zeros] * tiles for _ in range(terms)]
     per_pair = 2 if shape.is_float32 else 4
     for n in range(0, pitch // 64, 2):
         for i, (low, high) in enumerate(_blocks(ops, shape, at, pitch, is_odd, n)):
@@ -136,15 +135,31 @@ def multiply(ops, shape: Shape, lane, tile, for_Y):
                         S.append(word)
                 # the last terms of both are below what float32 holds
                 for X in for_Y[n // 2 * per_pair + i][: max(TERMS - term, 1)]:
-                    for half in range(2):
-                        sums[term][half] = ops.product16(S, X[half], sums[term][half])
+                    for m in range(tiles):
+                        sums[term][m] = ops.product16(S, X[m], sums[term][m])
     products = []
-    for half in range(2):
-        total = sums[-1][half]
+    for m in range(tiles):
+        total = sums[-1][m]
         for term in range(terms - 2, -1, -1):
-            total = [a + b for a, b in zip(total, sums[term][half], strict=True)]
+            total = [a + b for a, b in zip(total, sums[term][m], strict=True)]
         products.append(total)
     return products
+
+
+def _factors(ops, shape: Shape, at, g, t):
+    """Return a term of what D sums as the tensor core takes it, by 8 columns of D."""
+    if shape.group == 4:
+        return [ops.shared_words(at + (g * 4 + t) * 4, 1)[0]]
+    row = at + g * (2 * shape.keys) + t * 4
+    return [
+        [ops.shared_words(row + column * (2 * shape.keys) + i * 16, 1)[0] for i in range(2)]
+        for column in (0, 8)
+    ]
+
+
+def _out(ops, x: Tensors, value_head, first_row, g):
+    """Return where the outputs of rows 2g and 2g + 1 are, of a sequence in row 0."""
+    return x.out + ops.wide(value_head) * x.out_h + ops.wide(first_row + g * 2) * 2
 
 
 def attend(
@@ -154,30 +169,43 @@ def attend(
     g, t = lane >> 2, lane & 3
     zeros = (ops.zero(),) * 4
     Y = []
-    for half in range(2):
-        decay = [ops.as_float(w) for w in ops.shared_words(solved + DECAY + half * 32 + t * 8, 2)]
-        Y.append([products[half][i] * decay[i & 1] for i in range(4)])
-    at = values + t * (2 * V_ROW) + (first_row + g * 2) * 2
-    v = [ops.shared_words(at + i * V_ROW, 1)[0] for i in range(2)]
-    v = [half(shape.dtype, word) for half in (ops.low_half, ops.high_half) for word in v]
-    rest = [v[i] - Y[0][i] for i in range(4)]
-    D = zeros
-    factors = [ops.shared_words(solved + term * 128 + lane * 4, 1)[0] for term in range(TERMS)]
+    for m, product in enumerate(products):
+        at = solved + shape.decay_at + m * 32 + t * 8
+        decay = [ops.as_float(w) for w in ops.shared_words(at, 2)]
+        Y.append([product[i] * decay[i & 1] for i in range(4)])
+    rest = []
+    for m in range(shape.keys // 8):
+        at = values + (m * 8 + t * 2) * V_ROW + (first_row + g * 2) * 2
+        v = [ops.shared_words(at + i * V_ROW, 1)[0] for i in range(2)]
+        v = [half(shape.dtype, word) for half in (ops.low_half, ops.high_half) for word in v]
+        rest.append([v[i] - Y[m][i] for i in range(4)])
+    factors = [_factors(ops, shape, solved + term * shape.term, g, t) for term in range(TERMS)]
+    multiply_by = ops.product8 if shape.group == 4 else ops.product16
+    D = [zeros] * len(factors[0])
     for i in range(TERMS):
-        low, rest[0], rest[1] = ops.upper_halves(rest[0], rest[1])
-        high, rest[2], rest[3] = ops.upper_halves(rest[2], rest[3])
+        cut = []
+        for m in range(len(rest)):
+            low, *of_low = ops.upper_halves(*rest[m][:2])
+            high, *of_high = ops.upper_halves(*rest[m][2:])
+            rest[m] = [*of_low, *of_high]
+            cut += [low, high]
         for j in range(TERMS - i):
-            D = ops.product8((low, high), factors[j], D)
-    o = [Y[1][i] + D[i] for i in range(4)]
-    out = x.out + ops.wide(value_head) * x.out_h + ops.wide(first_row + g * 2) * 2
-    draft = ops.select(t < 2, t, t * 2 - 4)
+            D = [multiply_by(cut, F, d) for F, d in zip(factors[j], D, strict=True)]
+    o = [Y[-1][i] + D[-1][i] for i in range(4)]
+    out = _out(ops, x, value_head, first_row, g)
+    draft = ops.select(t < 2, t, t * 2 - 4) if shape.group == 4 else t * 2
     at = out + (item.row + ops.wide(draft)) * x.out_t
     for i in range(2):
         is_query = (t >= 2) & (draft + i < shape.drafts)
+        if shape.group != 4:
+            is_query = draft + i < shape.drafts
         ops.store_word_if(is_query, at + i * x.out_t, ops.round_halves(shape.dtype, o[i], o[2 + i]))
-    left = [ops.as_float(w) for w in ops.shared_words(solved + LEFT + t * 8, 2)]
-    nothing = ops.zero()
-    return tuple(ops.select(t < 2, D[i] * left[i & 1], nothing) for i in range(4))
+    left = [ops.as_float(w) for w in ops.shared_words(solved + shape.left_at + t * 8, 2)]
+    change = [D[0][i] * left[i & 1] for i in range(4)]
+    if shape.group == 4:
+        # pending and queries share the columns of D
+        change = [ops.select(t < 2, D, ops.zero()) for D in change]
+    return tuple(change)
 
 
 def update(ops, shape: Shape, lane, tile, solved, D, for_change) -> None:
@@ -186,7 +214,7 @@ def update(ops, shape: Shape, lane, tile, solved, D, for_change) -> None:
     is_odd = (g & 1) == 1
     pitch = shape.tile // ROWS
     at = tile + g * (2 * pitch) + t * 16
-    decay = ops.shared_float(solved + LEFT + KEYS * 4)
+    decay = ops.shared_float(solved + shape.left_at + shape.keys * 4)
     rest, terms = list(D), []
     for _ in range(CHANGES[shape.state]):
         low, rest[0], rest[1] = ops.upper_halves(rest[0], rest[1])
@@ -215,6 +243,7 @@ def update(ops, shape: Shape, lane, tile, solved, D, for_change) -> None:
 def zeros(ops, shape: Shape, x: Tensors, item: Item, value_head, lane, first_row) -> None:
     """Store the outputs of a padded slot."""
     g, t = lane >> 2, lane & 3
-    out = x.out + ops.wide(value_head) * x.out_h + ops.wide(first_row + g * 2) * 2
-    token = item.row + ops.wide(t)
-    ops.store_word_if(t < shape.drafts, out + token * x.out_t, ops.no_bits())
+    out = _out(ops, x, value_head, first_row, g)
+    for first in range(0, shape.drafts, 4):
+        at = out + (item.row + ops.wide(t + first)) * x.out_t
+        ops.store_word_if(t + first < shape.drafts, at, ops.no_bits())

@@ -29,10 +29,7 @@ from cutlass._mlir.dialects import llvm
 
 from gdn_backend_cuda.cute_replay import apply, ptx, solve
 from gdn_backend_cuda.cute_replay.shape import (
-    KEYS,
     ROWS,
-    SCRATCH,
-    SOLVED,
     V_ROW,
     X_ROW,
     Item,
@@ -98,8 +95,9 @@ def _verify(values, item, shape: cutlass.Constexpr, base, thread, warp, lane):
         gates = solve.Gates(*new, *old)
         decays = solve.decays(ptx, shape, x, item, own_head, lane, rates, gates)
         XX = solve.products(ptx, shape, lane, gathered)
-        scratch = base + shape.scratch_at + warp * (SCRATCH * 4)
-        solve.solve(ptx, shape, XX, decays, lane, scratch, gathered + shape.solved + warp * SOLVED)
+        scratch = base + shape.scratch_at + warp * shape.scratch
+        solved = gathered + shape.solved + warp * shape.solved_size
+        solve.solve(ptx, shape, XX, decays, lane, scratch, solved)
         ptx.sync_warp()
         if lane == 0:
             ptx.arrive(is_solved)
@@ -107,14 +105,14 @@ def _verify(values, item, shape: cutlass.Constexpr, base, thread, warp, lane):
     stage, phase = Int32(0), Int32(0)
     for n in cutlass.range(shape.tiles, unroll=1):
         tile, barrier, head = stages + stage * shape.tile, barriers + stage * 8, n // shape.parts
-        solved = gathered + shape.solved + head * SOLVED
+        solved = gathered + shape.solved + head * shape.solved_size
         ptx.wait(barrier, phase)
         products = apply.multiply(ptx, shape, lane, tile, for_Y)
         ptx.wait(is_solved, 0)
         value_head, part = _place(shape, item, warp, n)
         D = apply.attend(
             ptx, shape, x, item, value_head, lane, part * ROWS,
-            gathered + shape.values + head * (KEYS * V_ROW), solved, products,
+            gathered + shape.values + head * (shape.keys * V_ROW), solved, products,
         )  # fmt: skip
         if item.pending > 0:
             apply.update(ptx, shape, lane, tile, solved, D, for_change)
@@ -157,9 +155,10 @@ def _replay(values, shape: cutlass.Constexpr, indices, indices_b, accepted, acce
         if warp == 0:
             ptx.create(base + shape.is_solved_at, shape.heads)
         ptx.fence_created()
-    if thread < 4 * X_ROW // 16:
-        no_rows = base + (shape.gathered_at + KEYS * X_ROW)
-        ptx.put_words(no_rows + thread * 16, (ptx.no_bits(),) * 4)
+    if cutlass.const_expr(shape.group == 4):
+        if thread < 4 * X_ROW // 16:
+            no_rows = base + (shape.gathered_at + shape.keys * X_ROW)
+            ptx.put_words(no_rows + thread * 16, (ptx.no_bits(),) * 4)
     # launched to start early: here all that was launched before is done
     cute.arch.griddepcontrol_wait()
     sequence = index // shape.H

@@ -82,8 +82,8 @@ def shapes_of(spec: GdnSpec, kind: Kind) -> list[tuple[int, Shape]]:
     size = heads * K * V * spec.state_dtype.itemsize
     dtype, state = (str(x).removeprefix("torch.") for x in (spec.dtype, spec.state_dtype))
     teams = next(teams for most, teams in TEAMS if size <= most)
-    if spec.dtype is torch.float16:
-        # two terms of X take registers that two blocks of 8 warps do not have
+    if spec.dtype is torch.float16 or kind.room > 4:
+        # two terms of X, or more rows, take registers that two blocks of 8 warps do not have
         teams = ((ANY, Team(4, 2) if heads <= 2 else Team(8, 1)),)
     return [
         (items, Shape(

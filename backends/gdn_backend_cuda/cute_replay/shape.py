@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 Value = Any
 
 K = V = 128
-P = ROOM = 4  # drafts of a step, and those that are pending, at most
-KEYS = P + ROOM
+P = ROOM = 8  # drafts of a step, and those that are pending, at most
 W = 4
 TERMS = 3
 LOG2_E = 1.4426950408889634
@@ -21,9 +20,6 @@ V_ROW = 272  # bytes
 ROWS = 16  # of V, of which a tile has all of K
 SHARED = 228 * 1024  # bytes of an SM, for all its blocks
 DRIVERS = 1024  # of them for each block
-SCRATCH = 128  # words of a head: rows 0..7 and 8..15 of what the substitution takes
-# what is solved of a head, in bytes
-DECAY, LEFT, SOLVED = 3 * 128, 3 * 128 + 64, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +38,7 @@ class Shape:
     has_accepted: bool
     float32_dt_bias: bool
     drafts: int  # of a sequence: 1 to P
-    room: int  # for drafts that are pending: 1 to ROOM
+    room: int  # for drafts that are pending: drafts to ROOM
     warps: int  # of a block: 4 or 8
     blocks: int  # that an SM is to hold
 
@@ -72,19 +68,60 @@ class Shape:
         return self.heads * self.parts
 
     @property
+    def group(self) -> int:
+        """Rows of X for what is pending; as many are for new keys, and for queries."""
+        return 4 if self.room <= 4 else 8
+
+    @property
+    def keys(self) -> int:
+        """Rows of X for keys."""
+        return 2 * self.group
+
+    @property
+    def x_rows(self) -> int:
+        """Rows of X, the last of which are queries."""
+        return 16 if self.group == 4 else 24
+
+    @property
     def values(self) -> int:
         """Where the values start behind X."""
-        return 16 * X_ROW
+        return self.x_rows * X_ROW
 
     @property
     def solved(self) -> int:
         """Where what is solved of the heads starts behind X."""
-        return self.values + self.heads * KEYS * V_ROW
+        return self.values + self.heads * self.keys * V_ROW
+
+    @property
+    def term(self) -> int:
+        """Bytes of a term of what D sums: 8 rows of all keys; 16 where pending fill the first 8."""
+        return 2 * self.keys * (8 if self.group == 4 else 16)
+
+    @property
+    def decay_at(self) -> int:
+        """Where the decays of X's rows are in what is solved of a head, behind the terms."""
+        return TERMS * self.term
+
+    @property
+    def left_at(self) -> int:
+        """Where what is left of each pending key is, and behind all keys of the state."""
+        return self.decay_at + self.x_rows * 4
+
+    @property
+    def solved_size(self) -> int:
+        """Bytes that are solved of a head."""
+        return -(-(self.left_at + (self.keys + 1) * 4) // 128) * 128
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of a head that the substitution takes: rows of keys, then 8 of queries."""
+        return (self.keys + 8) * self.keys * 4
 
     @property
     def depth(self) -> int:
         """Tiles that a warp holds at a time: all that it owns, or as many as fit."""
-        rest = self.solved + self.heads * (SOLVED + SCRATCH * 4) + 8 * (self.warps * self.tiles + 1)
+        rest = self.solved + self.heads * (self.solved_size + self.scratch)
+        rest += 8 * (self.warps * self.tiles + 1)
         most = SHARED // self.blocks - DRIVERS - rest
         return min(most // (self.warps * self.tile), self.tiles)
 
@@ -96,12 +133,12 @@ class Shape:
     @property
     def scratch_at(self) -> int:
         """Where the scratch of the heads starts."""
-        return self.gathered_at + self.solved + self.heads * SOLVED
+        return self.gathered_at + self.solved + self.heads * self.solved_size
 
     @property
     def barriers_at(self) -> int:
         """Where the barriers of the stages start, warp by warp."""
-        return self.scratch_at + self.heads * SCRATCH * 4
+        return self.scratch_at + self.heads * self.scratch
 
     @property
     def is_solved_at(self) -> int:

@@ -2,9 +2,9 @@
 """What is computed of an item before its state is: X, the values, every head's R x R problem.
 
 All is written in the functions of ``ptx`` alone, passed as ``ops``, so that it also runs on lanes
-in NumPy. Rows of X: 0..3 the pending keys, 4..7 the new keys, 8..11 zeros, 12..15 the new queries.
-A query's product then lies in the lane, and at the place, where the tensor core leaves what D adds
-to it.
+in NumPy. Rows of X, where 4 of a kind are enough: 0..3 the pending keys, 4..7 the new keys, 8..11
+zeros, 12..15 the new queries; else 8 of each kind. A query's product then lies in the lane, and at
+the place, where the tensor core leaves what D adds to it.
 """
 
 from __future__ import annotations
@@ -12,17 +12,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from gdn_backend_cuda.cute_replay.shape import (
-    DECAY,
-    KEYS,
-    LEFT,
     LOG2_E,
-    ROOM,
     TERMS,
     V_ROW,
     X_ROW,
     Item,
     K,
-    P,
     Shape,
     Tensors,
     V,
@@ -123,14 +118,15 @@ def gather(ops, shape: Shape, x: Tensors, item: Item, j, buffer, vectors, filter
         if n < 2:
             target, pitch = buffer, X_ROW
         else:
-            target, pitch = buffer + (shape.values + (n - 2) * KEYS * V_ROW), V_ROW
+            target, pitch = buffer + (shape.values + (n - 2) * shape.keys * V_ROW), V_ROW
         target = target + j * 2
         for r, word in enumerate(old):
             word = ops.select(pending > r, word, ops.no_bits())
             ops.put_u16(target + r * pitch, word)
-        first = 12 if n == 0 else ROOM
-        no_rows = [*range(len(old), ROOM)] if n else []
-        for r in (*no_rows, *range(first + shape.drafts, first + P)):
+        Q = shape.group
+        first = shape.x_rows - Q if n == 0 else Q
+        no_rows = [*range(len(old), Q)] if n else []
+        for r in (*no_rows, *range(first + shape.drafts, first + Q)):
             ops.put_u16(target + r * pitch, ops.no_bits())
         for t in range(shape.drafts):
             y = ops.zero() if offset is None else ops.low_half(shape.dtype, ops.here(offset))
@@ -152,17 +148,25 @@ def gather(ops, shape: Shape, x: Tensors, item: Item, j, buffer, vectors, filter
 
 
 def products(ops, shape: Shape, lane, buffer):
-    """Return X times its keys and times its queries, as the tensor core leaves them."""
+    """Return products of X's rows as the tensor core leaves them.
+
+    All 16 rows times keys and times queries; or keys times 8 keys and 8 more, queries times both,
+    and queries times queries.
+    """
     g, t = lane >> 2, lane & 3
-    sums = [[(ops.zero(),) * 4] * 2 for _ in range(2)]
+    count = 2 if shape.group == 4 else 5
+    sums = [[(ops.zero(),) * 4] * count for _ in range(2)]
     for n in range(K // 16):
         at = buffer + g * X_ROW + t * 8 + n * 32
-        a0, a2 = ops.shared_words(at, 2)
-        a1, a3 = ops.shared_words(at + 8 * X_ROW, 2)
-        keys, queries = sums[n & 1]
-        keys = ops.product16((a0, a1, a2, a3), (a0, a2), keys, shape.dtype)
-        queries = ops.product16((a0, a1, a2, a3), (a1, a3), queries, shape.dtype)
-        sums[n & 1] = [keys, queries]
+        words = [ops.shared_words(at + i * X_ROW, 2) for i in range(0, shape.x_rows, 8)]
+        rows = (words[0][0], words[1][0], words[0][1], words[1][1])
+        pairs = [(rows, words[0]), (rows, words[1])]
+        if shape.group != 4:
+            queries = (words[2][0], ops.no_bits(), words[2][1], ops.no_bits())
+            pairs += [(queries, columns) for columns in words]
+        sums[n & 1] = [
+            ops.product16(*pair, x, shape.dtype) for pair, x in zip(pairs, sums[n & 1], strict=True)
+        ]
     return [[x + y for x, y in zip(one, two, strict=True)] for one, two in zip(*sums, strict=True)]
 
 
@@ -185,7 +189,7 @@ class Rates(NamedTuple):
 
 
 class Gates(NamedTuple):
-    """What a lane has loaded of a value head's gates, of step ``lane % 4``: new, then pending.
+    """What a lane has loaded of a value head's gates, of step ``lane % group``: new, then pending.
 
     Where there is no such step, of the last one there is.
     """
@@ -197,7 +201,7 @@ class Gates(NamedTuple):
 
 
 class Decays(NamedTuple):
-    """Of step ``lane % 8``: the sum of g up to it, coarse and the rest, and beta."""
+    """Of step ``lane % keys``: the sum of g up to it, coarse and the rest, and beta."""
 
     total: Value
     fine: Value
@@ -213,14 +217,15 @@ def fetch_rates(ops, shape: Shape, x: Tensors, value_head) -> Rates:
     return Rates(A_log, ops.global_u16(x.dt_bias + head * 2))
 
 
-def _step(ops, lane, count: int):
-    step = lane & 3
-    return ops.wide(step if count == P else ops.select(step < count, step, step * 0 + (count - 1)))
+def _step(ops, shape: Shape, lane, count: int):
+    step = lane & (shape.group - 1)
+    last = step * 0 + (count - 1)
+    return ops.wide(step if count == shape.group else ops.select(step < count, step, last))
 
 
 def _kept_gates(ops, shape: Shape, x: Tensors, slot, value_head, lane):
     """Return where g and beta are kept."""
-    head, step = ops.wide(value_head), _step(ops, lane, shape.room)
+    head, step = ops.wide(value_head), _step(ops, shape, lane, shape.room)
     g = x.kept_g + slot * x.kept_g_s + step * x.kept_g_p + head * x.kept_g_h
     beta = x.kept_beta + slot * x.kept_beta_s + step * x.kept_beta_p + head * x.kept_beta_h
     return g, beta
@@ -228,7 +233,7 @@ def _kept_gates(ops, shape: Shape, x: Tensors, slot, value_head, lane):
 
 def fetch_new_gates(ops, shape: Shape, x: Tensors, row, value_head, lane) -> tuple[Value, Value]:
     """Load a value head's new gates."""
-    head, token = ops.wide(value_head), row + _step(ops, lane, shape.drafts)
+    head, token = ops.wide(value_head), row + _step(ops, shape, lane, shape.drafts)
     a = ops.global_u16(x.a + token * x.a_t + head * x.a_h)
     b = ops.global_u16(x.b + token * x.b_t + head * x.b_h)
     return a, b
@@ -243,28 +248,29 @@ def fetch_pending(ops, shape: Shape, x: Tensors, slot, value_head, lane) -> tupl
 def decays(ops, shape: Shape, x: Tensors, item: Item, value_head, lane, rates: Rates,
            gates: Gates) -> Decays:  # fmt: skip
     """Compute a value head's gates and keep them; return the sums."""
-    r, step = lane & 7, lane & 3
+    Q = shape.group
+    r, step = lane & (shape.keys - 1), lane & (Q - 1)
     a, b = (ops.low_half(shape.dtype, ops.here(x)) for x in (gates.a, gates.b))
     A_log = ops.shuffle(rates.A_log, lane)  # nothing waits where it is loaded
     dt_bias = rates.dt_bias if shape.float32_dt_bias else ops.low_half(shape.dtype, rates.dt_bias)
     g = ops.zero() - ops.exp(A_log) * softplus(ops, a + dt_bias)
     beta = ops.one() / (ops.one() + ops.exp(ops.zero() - b))
     ops.sync_warp()  # a lane keeps what is new where another has loaded what is pending
-    is_new = (lane >= ROOM) & (lane < ROOM + shape.drafts)
+    is_new = (lane >= Q) & (lane < Q + shape.drafts)
     kept_g, kept_beta = _kept_gates(ops, shape, x, item.slot, value_head, lane)
     ops.store_float_if(is_new, kept_g, g)
     ops.store_float_if(is_new, kept_beta, beta)
     nothing = ops.zero()
-    if shape.drafts < P:
+    if shape.drafts < Q:
         g = ops.select(step < shape.drafts, g, nothing)
         beta = ops.select(step < shape.drafts, beta, nothing)
-    g = ops.select(r < ROOM, ops.select(step < item.pending, gates.g, nothing), g)
-    beta = ops.select(r < ROOM, ops.select(step < item.pending, gates.beta, nothing), beta)
+    g = ops.select(r < Q, ops.select(step < item.pending, gates.g, nothing), g)
+    beta = ops.select(r < Q, ops.select(step < item.pending, gates.beta, nothing), beta)
     # sums of multiples of 2^-10 are exact; below -104 exp is 0
     g = ops.select(g < -104.0, ops.number(-104.0), g)
     total = ops.add(ops.add(g, ops.number(12288.0)), ops.number(-12288.0))
     fine = g - total
-    for n in (1, 2, 4):
+    for n in (1, 2, 4, 8)[: 3 if Q == 4 else 4]:
         others = ops.shuffle(total, (lane - n) & 31), ops.shuffle(fine, (lane - n) & 31)
         total = total + ops.select(r >= n, others[0], nothing)
         fine = fine + ops.select(r >= n, others[1], nothing)
@@ -273,49 +279,51 @@ def decays(ops, shape: Shape, x: Tensors, item: Item, value_head, lane, rates: R
 
 def solve(ops, shape: Shape, sums, of: Decays, lane, scratch, solved) -> None:
     """Solve the R x R problem of one value head."""
-    keys, queries = sums
-    g, t, r = lane >> 2, lane & 3, lane & 7
+    g, t, r = lane >> 2, lane & 3, lane & (shape.keys - 1)
+    Q, tiles, pitch = shape.group, shape.keys // 8, shape.keys * 4
     nothing = ops.zero()
+    # of a row of a query, products with keys; and the place of its square
+    asked = [sums[0][2:]] if Q == 4 else [x[:2] for x in sums[2:4]]
+    own = sums[1][2:] if Q == 4 else sums[4][:2]
     # norms, in the lanes that hold the squares
-    inverse, of_query = ops.one(), ops.number(shape.scale)
+    inverse, of_query = [ops.one()] * tiles, ops.number(shape.scale)
     if shape.has_norm:
         is_odd = (g & 1) == 1
-        square = ops.select(is_odd, keys[1], keys[0])
-        inverse = ops.reciprocal_root(square + ops.number(1e-6))
-        square = ops.select(is_odd, queries[3], queries[2])
+        for m in range(tiles):
+            square = ops.select(is_odd, sums[m][2 * m + 1], sums[m][2 * m])
+            inverse[m] = ops.reciprocal_root(square + ops.number(1e-6))
+        square = ops.select(is_odd, own[1], own[0])
         of_query = ops.reciprocal_root(square + ops.number(1e-6)) * of_query
 
     def norm_of(x, row):
         return ops.shuffle(x, row * 4 + (row >> 1)) if shape.has_norm else x
 
-    # rows g and g + 8 of what couples steps: a query's decay is its key's
-    total, fine, beta = (ops.shuffle(x, g) for x in of)
-    norm, norm_query = norm_of(inverse, g), norm_of(of_query, g)
-    key_row, query_row = [], []
-    for n in range(2):
-        j = t * 2 + n
-        between = total - ops.shuffle(of.total, j)
-        decay = ops.exp(between + (fine - ops.shuffle(of.fine, j)))
-        other = norm_of(inverse, j)
-        value = ops.zero() - beta * (keys[n] * norm * other * decay)
-        key_row.append(ops.as_word(ops.select(j < g, value, nothing)))
-        value = keys[2 + n] * norm_query * other * decay
-        query_row.append(ops.as_word(ops.select(j <= g, value, nothing)))
-    at = scratch + lane * 8
-    ops.put_words(at, key_row)
-    ops.put_words(at + 256, query_row)
-    # what needs no substitution
-    old, old_fine = ops.shuffle(of.total, ROOM - 1), ops.shuffle(of.fine, ROOM - 1)
-    norm = ops.select(lane < KEYS, norm_of(inverse, r), norm_of(of_query, r))
-    is_row = (lane < KEYS) | (lane >= 12)
-    decay = ops.select(is_row, norm * ops.exp(of.total + of.fine), nothing)
-    ops.put_float_if(lane < 16, solved + DECAY + (lane & 15) * 4, decay)
-    left = norm * ops.exp((old - of.total) + (old_fine - of.fine))
-    left = ops.select(lane < ROOM, left, ops.select(lane == KEYS, ops.exp(old + old_fine), nothing))
-    ops.put_float_if(lane <= KEYS, solved + LEFT + (lane & 15) * 4, left)
+    # what couples steps; the last rows are also those of queries, whose decay is their key's
+    queries = scratch + shape.keys * pitch
+    for m in range(tiles):
+        row = g + 8 * m
+        total, fine, beta = (ops.shuffle(x, row) for x in of)
+        norm, norm_query = norm_of(inverse[m], g), norm_of(of_query, g)
+        for c in range(tiles):
+            key_row, query_row = [], []
+            for n in range(2):
+                j = t * 2 + n
+                column = j + 8 * c
+                between = total - ops.shuffle(of.total, column)
+                decay = ops.exp(between + (fine - ops.shuffle(of.fine, column)))
+                other = norm_of(inverse[c], j)
+                value = ops.zero() - beta * (sums[c][2 * m + n] * norm * other * decay)
+                key_row.append(ops.as_word(ops.select(column < row, value, nothing)))
+                if m == tiles - 1:
+                    value = asked[c][n] * norm_query * other * decay
+                    query_row.append(ops.as_word(ops.select(column <= row, value, nothing)))
+            at = g * pitch + c * 32 + t * 8
+            ops.put_words(scratch + m * (8 * pitch) + at, key_row)
+            if m == tiles - 1:
+                ops.put_words(queries + at, query_row)
+    _keep_decays(ops, shape, of, lane, norm_of, inverse, of_query, solved)
     ops.sync_warp()
-    # column r of the solution; query q in eight lanes
-    q = lane >> 3
+    # column r of the solution; lanes with the same column have different queries and pending keys
     rows: list[Value] = []
 
     def product(total, at, count):
@@ -325,14 +333,50 @@ def solve(ops, shape: Shape, sums, of: Decays, lane, scratch, solved) -> None:
                 total = total + ops.as_float(word) * row
         return total
 
-    for i in range(KEYS):
-        row = product(ops.select(r == i, of.beta, nothing), scratch + i * 32, i)
+    for i in range(shape.keys):
+        row = product(ops.select(r == i, of.beta, nothing), scratch + i * pitch, i)
         rows.append(row)
-    query = product(ops.zero(), scratch + 256 + (q + ROOM) * 32, KEYS)
-    key = ops.select(
-        q < 2, ops.select(q == 0, rows[0], rows[1]), ops.select(q == 2, rows[2], rows[3])
-    )
-    for i, x in ((0, key), (ROOM, query)):
+    if Q == 4:
+        q = lane >> 3
+        query = product(ops.zero(), queries + (q + Q) * pitch, shape.keys)
+        key = ops.select(
+            q < 2, ops.select(q == 0, rows[0], rows[1]), ops.select(q == 2, rows[2], rows[3])
+        )
+        kept = [(0, key), (Q, query)]
+    else:
+        half, kept = lane >> 4, []
+        for m in range(4):
+            q = half * 4 + m
+            query = product(ops.zero(), queries + q * pitch, shape.keys)
+            key = ops.select(half == 0, rows[m], rows[4 + m])
+            kept += [(q - half, key), (q - half + Q, query)]
+    for first, x in kept:
+        at = solved + first * (2 * shape.keys) + lane * 2
         for term in range(TERMS):
             word, x, _ = ops.upper_halves(x, ops.zero())
-            ops.put_u16(solved + term * 128 + i * 16 + lane * 2, word)
+            ops.put_u16(at + term * shape.term, word)
+
+
+def _keep_decays(ops, shape: Shape, of: Decays, lane, norm_of, inverse, of_query, solved) -> None:
+    """Keep what needs no substitution: what scales X's rows for Y, and pending keys in the end."""
+    Q, nothing = shape.group, ops.zero()
+    r = lane & 7
+    old, old_fine = ops.shuffle(of.total, Q - 1), ops.shuffle(of.fine, Q - 1)
+    total, fine = of.total, of.fine
+    norm = norm_of(inverse[0], r)
+    if Q == 4:
+        is_row, place = (lane < shape.keys) | (lane >= 12), lane & 15
+        norm = ops.select(lane < shape.keys, norm, norm_of(of_query, r))
+    else:
+        # lanes 16 to 23 have the queries, whose keys are those of 8 to 15
+        key = ops.select(lane < 16, lane, lane - 8)
+        total, fine = ops.shuffle(total, key), ops.shuffle(fine, key)
+        norm = ops.select(lane < 8, norm, norm_of(inverse[1], r))
+        is_row, place = lane < shape.x_rows, lane
+        norm = ops.select(lane < 16, norm, norm_of(of_query, r))
+    decay = ops.select(is_row, norm * ops.exp(total + fine), nothing)
+    ops.put_float_if(lane < shape.x_rows, solved + shape.decay_at + place * 4, decay)
+    left = norm * ops.exp((old - total) + (old_fine - fine))
+    whole = ops.select(lane == shape.keys, ops.exp(old + old_fine), nothing)
+    left = ops.select(lane < Q, left, whole)
+    ops.put_float_if(lane <= shape.keys, solved + shape.left_at + place * 4, left)
