@@ -101,6 +101,7 @@ def _solve(lanes: Lanes, shape: Shape, x: Tensors, item: Item) -> None:
     channels = solve.fetch_channels(lanes, shape, x, item, thread, vectors)
     solve.gather(lanes, shape, x, item, thread, buffer, vectors, filters, drafted, channels)
     lanes.lanes = len(lane)
+    solve.keep(lanes, shape, x, item, lane, len(lane), buffer)
     for n in range(shape.heads):
         head = item.head * shape.heads + n
         new = solve.fetch_new_gates(lanes, shape, x, item.row, head, lane)
@@ -108,15 +109,14 @@ def _solve(lanes: Lanes, shape: Shape, x: Tensors, item: Item) -> None:
         rates = solve.fetch_rates(lanes, shape, x, head)
         decays = solve.decays(lanes, shape, x, item, head, lane, rates, gates)
         products = solve.products(lanes, shape, lane, buffer)
-        scratch = shape.scratch_at + n * shape.scratch
         solved = buffer + shape.solved + n * shape.solved_size
-        solve.solve(lanes, shape, products, decays, lane, scratch, solved)
+        solve.solve(lanes, shape, products, decays, lane, solved)
 
 
 def _apply(lanes: Lanes, shape: Shape, x: Tensors, item: Item) -> None:
     buffer, lane, tile = shape.gathered_at, np.arange(32), 0
     for part in range(V // ROWS):
-        for_Y, for_change = apply.operands(lanes, shape, lane, buffer)
+        X = apply.operands(lanes, shape, lane, buffer)
         for n in range(shape.heads):
             head, first_row = item.head * shape.heads + n, part * ROWS
             if item.slot <= shape.pad_slot:
@@ -128,8 +128,10 @@ def _apply(lanes: Lanes, shape: Shape, x: Tensors, item: Item) -> None:
             rows = lanes.memory.at(source + np.arange(shape.tile // 16) * 16, 16)
             staged = lanes.space.data[tile : tile + shape.tile].reshape(rows.shape)
             staged[:] = lanes.memory.data[rows]
-            products = apply.multiply(lanes, shape, lane, tile, for_Y)
-            D = apply.attend(lanes, shape, x, item, head, lane, first_row, values, solved, products)
+            products = apply.multiply(lanes, shape, lane, tile, X)
+            changes = apply.attend(
+                lanes, shape, x, item, head, lane, first_row, values, solved, products
+            )
             if item.pending > 0:
-                apply.update(lanes, shape, lane, tile, solved, D, for_change)
+                apply.update(lanes, shape, lane, tile, solved, changes, X)
                 lanes.memory.data[rows] = staged

@@ -111,6 +111,10 @@ class Lanes:
     def global_u16(self, address: Any) -> Array:
         return self._load(self.memory, address, np.uint16).astype(np.uint32)
 
+    def global_words(self, address: Any) -> tuple[Array, ...]:
+        assert (self._array(address, np.int64) % 8 == 0).all()
+        return tuple(self._load(self.memory, address + 4 * n, np.uint32) for n in range(2))
+
     def global_float(self, address: Any) -> Array:
         return self._load(self.memory, address, np.float32)
 
@@ -119,6 +123,11 @@ class Lanes:
 
     def store_word_if(self, condition: Any, address: Any, word: Any) -> None:
         self._put(self.memory, address, word, np.uint32, condition)
+
+    def store_words_if(self, condition: Any, address: Any, words: Sequence[Any]) -> None:
+        assert (self._array(address, np.int64) % 16 == 0).all()
+        for n, word in enumerate(words):
+            self._put(self.memory, address + 4 * n, word, np.uint32, condition)
 
     def store_float_if(self, condition: Any, address: Any, x: Any) -> None:
         self._put(self.memory, address, x, np.float32, condition)

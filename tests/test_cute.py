@@ -206,6 +206,12 @@ def _shifted(x: torch.Tensor, by: int) -> torch.Tensor:
     return memory[by:].view(x.shape).copy_(x)
 
 
+def _padded(x: torch.Tensor, by: int) -> torch.Tensor:
+    """Return it with rows of so many more numbers."""
+    memory = torch.empty(*x.shape[:-1], x.shape[-1] + by, dtype=x.dtype)
+    return memory[..., : x.shape[-1]].copy_(x)
+
+
 def test_a_call_that_the_kernel_serves_goes_to_it_alone(calls: Calls) -> None:
     call = _call()
 
@@ -237,7 +243,9 @@ OTHERS: dict[str, Callable[[Call], Call]] = {
         **_with(call, "metadata", state_indices=torch.zeros(6, P, dtype=torch.int32)),
         "drafts": None,
     },
-    "room for nine": lambda call: _with(call, "drafts", k=torch.zeros(9, 9, 2, 128).bfloat16()),
+    "room for seventeen": lambda call: _with(
+        call, "drafts", k=torch.zeros(9, 17, 2, 128).bfloat16()
+    ),
     "gates in float32": lambda call: {**call, "a": call["a"].float()},
     "rates in bfloat16": lambda call: _with(
         call, "params", A_log=call["params"].A_log.bfloat16()
@@ -250,6 +258,12 @@ OTHERS: dict[str, Callable[[Call], Call]] = {
     "outputs at an odd address": lambda call: {**call, "out": _shifted(call["out"], 1)},
     "states at an odd address": lambda call: _with(
         call, "pool", state=_shifted(call["pool"].state, 1)
+    ),
+    "kept keys at an odd address": lambda call: _with(
+        call, "drafts", k=_shifted(call["drafts"].k, 4)
+    ),
+    "kept values with strides of 8 bytes": lambda call: _with(
+        call, "drafts", v=_padded(call["drafts"].v, 4)
     ),
     "states with K apart": lambda call: _with(
         call, "pool", state=call["pool"].state.mT.contiguous().mT

@@ -33,6 +33,12 @@ KINDS: dict[str, tuple[GdnSpec, dict[str, int]]] = {
     "fp16, fp16 state": (replace(FLOAT16, dtype=torch.float16, num_v_heads=2), {}),
     "fp32 state, eight drafts, ties": (SPEC, {"P": 8, "ties": True, "bias": True}),
     "bf16 state, five drafts": (replace(BFLOAT16, num_v_heads=2), {"P": 5}),
+    "fp32 state, sixteen drafts, ties": (SPEC, {"P": 16, "ties": True, "bias": True}),
+    "bf16 state, nine drafts, room for twelve": (BFLOAT16, {"P": 9, "room": 12, "ties": True}),
+    "fp16, two drafts, room for sixteen": (
+        replace(SPEC, dtype=torch.float16),
+        {"P": 2, "room": 16},
+    ),
     "fp16, two drafts, room for six": (replace(SPEC, dtype=torch.float16), {"P": 2, "room": 6}),
     "fp16 state, two drafts": (replace(FLOAT16, num_v_heads=2), {"P": 2}),
     "fp32 state, three drafts, ties": (SPEC, {"P": 3, "ties": True}),

@@ -55,6 +55,14 @@ KINDS: dict[str, tuple[GdnSpec, int, Team, dict[str, int]]] = {
     "fp16": (replace(RATIO2, dtype=torch.float16), 3, Team(4, 2), {"ties": True}),
     "fp32 state, eight drafts": (RATIO2, 3, Team(8, 1), {"P": 8, "bias": True}),
     "bf16 state, five drafts": (BFLOAT16, 3, Team(4, 2), {"P": 5, "ties": True}),
+    "fp32 state, sixteen drafts": (RATIO2, 3, Team(4, 2), {"P": 16, "bias": True}),
+    "bf16 state, nine drafts, room for ten": (BFLOAT16, 3, Team(8, 1), {"P": 9, "room": 10}),
+    "bf16 state, every warp solves": (
+        replace(BFLOAT16, num_k_heads=1, num_v_heads=4),
+        3,
+        Team(4, 2),
+        {},
+    ),
     "bf16 state, one draft": (BFLOAT16, 3, Team(8, 2), {"P": 1}),
 }
 Change = Callable[[Program], Program]

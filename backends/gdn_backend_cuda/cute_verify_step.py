@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A layer's verification of drafts by replay in one kernel, the states read and written once.
 
-It takes chains of up to 8 drafts with room for up to 8 that are pending, everything in the 16 bits
-of activations but the state, the gates that are kept and the rates. Calls for anything else go to
-the Triton kernels: other protocols, trees, chains of different lengths or longer ones, other dtypes
-and strides, and batches so small that those are faster. Calls that are wrong go there too, to be
+It takes chains of up to 16 drafts with room for up to 16 that are pending, everything in the 16
+bits of activations but the state, the gates that are kept and the rates. Calls for anything else
+go to the Triton kernels: other protocols, trees, chains of different lengths, other dtypes and
+strides, and batches so small that those are faster. Calls that are wrong go there too, to be
 refused.
 """
 

@@ -17,7 +17,7 @@ from ci.resources.calls import MODELS, Call, P
 from ci.resources.driver import Compiled
 
 KEY_HEADS = (32, 16, 8)  # beside 32 value heads
-DRAFTS = (P, 8)
+DRAFTS = (P, 8, 16)
 
 
 def cute_calls(arch: str, report: Callable[[Compiled], None]) -> Iterator[Call]:

@@ -6,6 +6,10 @@ Written in the functions of ``ptx`` alone, as ``solve`` is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 from gdn_backend_cuda.cute_replay.shape import (
     ROWS,
     TERMS,
@@ -15,6 +19,7 @@ from gdn_backend_cuda.cute_replay.shape import (
     K,
     Shape,
     Tensors,
+    Value,
 )
 
 # by dtype: how many terms of bfloat16 hold all bits of a number, and so many of a state's change
@@ -49,27 +54,60 @@ def _words(ops, shape: Shape, row):
     return [ops.round_halves(shape.state, *row[i : i + 2]) for i in range(0, len(row), 2)]
 
 
+def _cut(ops, rows):
+    """Return the upper halves of four numbers of each, two words, and what is left of them."""
+    words, rests = [], []
+    for a, b, c, d in rows:
+        low, *of_low = ops.upper_halves(a, b)
+        high, *of_high = ops.upper_halves(c, d)
+        words += [low, high]
+        rests.append([*of_low, *of_high])
+    return words, rests
+
+
+def _pairs(words):
+    return [words[i : i + 2] for i in range(0, len(words), 2)]
+
+
 def _column(shape: Shape, n, t):
     """Return the first of the four columns of K that lane ``t`` of a quad has in block ``n``."""
     return n * 16 + t * 4 if shape.is_float32 else (n // 2) * 32 + t * 8 + (n % 2) * 4
 
 
-def operands(ops, shape: Shape, lane, buffer):
-    """Return X as the tensor core takes it: terms for Y, by block of K; and for the change."""
+def _for_Y(ops, shape: Shape, lane, buffer, n):
+    """Return block ``n`` of X's columns, by 8 rows, as terms for the products with the state."""
     g, t = lane >> 2, lane & 3
-    for_Y, for_change = [], []
-    for n in range(K // 16):
-        at = buffer + g * X_ROW + _column(shape, n, t) * 2
-        words = [w for i in range(0, shape.x_rows, 8) for w in ops.shared_words(at + i * X_ROW, 2)]
-        terms = _terms(ops, shape, words)
-        for_Y.append([[term[i : i + 2] for i in range(0, len(words), 2)] for term in terms])
-        at = buffer + t * (2 * X_ROW) + (_column(shape, n, g >> 1) + (g & 1)) * 2
-        halves = []
-        for i in range(2):
-            word = ops.pair(ops.shared_u16(at + i * 4), ops.shared_u16(at + i * 4 + X_ROW))
-            halves.append(ops.select(t < 2, word, ops.no_bits()) if shape.group == 4 else word)
-        for_change.append(_terms(ops, shape, halves))
-    return for_Y, for_change
+    at = buffer + g * X_ROW + _column(shape, n, t) * 2
+    words = [w for i in range(0, shape.x_rows, 8) for w in ops.shared_words(at + i * X_ROW, 2)]
+    return [_pairs(term) for term in _terms(ops, shape, words)]
+
+
+def _for_change(ops, shape: Shape, lane, buffer, n):
+    """Return the two halves of block ``n`` of the pending keys' columns, as terms."""
+    g, t = lane >> 2, lane & 3
+    at = buffer + t * (2 * X_ROW) + (_column(shape, n, g >> 1) + (g & 1)) * 2
+    words = []
+    for half in range(2):
+        for i in range(shape.octets):
+            row = at + half * 4 + i * (8 * X_ROW)
+            word = ops.pair(ops.shared_u16(row), ops.shared_u16(row + X_ROW))
+            words.append(ops.select(t < 2, word, ops.no_bits()) if shape.group == 4 else word)
+    return [(t[: shape.octets], t[shape.octets :]) for t in _terms(ops, shape, words)]
+
+
+class Operands(NamedTuple):
+    """X as the tensor core takes it, by block of K."""
+
+    for_Y: Callable[[int], Value]
+    for_change: Callable[[int], Value]
+
+
+def operands(ops, shape: Shape, lane, buffer) -> Operands:
+    """Return X's operands: what is held for all tiles or, where X is too large, loaded for each."""
+    operands = Operands(*[partial(f, ops, shape, lane, buffer) for f in (_for_Y, _for_change)])
+    if shape.group == 16:
+        return operands
+    return Operands(*[[part(n) for n in range(K // 16)].__getitem__ for part in operands])
 
 
 def _load_chunks(ops, at, is_odd, n):
@@ -106,7 +144,7 @@ def _blocks(ops, shape: Shape, at, pitch, is_odd, n):
     return blocks
 
 
-def multiply(ops, shape: Shape, lane, tile, for_Y):
+def multiply(ops, shape: Shape, lane, tile, X: Operands):
     """Multiply a warp's rows by X; return products with every 8 rows of it, the last queries.
 
     ``tile`` is [16, K] of the state; row 2g is the tensor core's g, 2g + 1 its g + 8.
@@ -123,6 +161,7 @@ def multiply(ops, shape: Shape, lane, tile, for_Y):
     for n in range(0, pitch // 64, 2):
         for i, (low, high) in enumerate(_blocks(ops, shape, at, pitch, is_odd, n)):
             S, rest = (low[0], high[0], low[1], high[1]), []
+            block = X.for_Y(n // 2 * per_pair + i)
             if shape.state != "bfloat16":
                 low, high = _floats(ops, shape, low), _floats(ops, shape, high)
                 rest = [*low[:2], *high[:2], *low[2:], *high[2:]]
@@ -134,9 +173,9 @@ def multiply(ops, shape: Shape, lane, tile, for_Y):
                         word, rest[2 * m], rest[2 * m + 1] = ops.upper_halves(*pair)
                         S.append(word)
                 # the last terms of both are below what float32 holds
-                for X in for_Y[n // 2 * per_pair + i][: max(TERMS - term, 1)]:
+                for factor in block[: max(TERMS - term, 1)]:
                     for m in range(tiles):
-                        sums[term][m] = ops.product16(S, X[m], sums[term][m])
+                        sums[term][m] = ops.product16(S, factor[m], sums[term][m])
     products = []
     for m in range(tiles):
         total = sums[-1][m]
@@ -148,13 +187,21 @@ def multiply(ops, shape: Shape, lane, tile, for_Y):
 
 def _factors(ops, shape: Shape, at, g, t):
     """Return a term of what D sums as the tensor core takes it, by 8 columns of D."""
-    if shape.group == 4:
-        return [ops.shared_words(at + (g * 4 + t) * 4, 1)[0]]
-    row = at + g * (2 * shape.keys) + t * 4
+    pitch = 2 * shape.keys
+    row = at + g * pitch + t * 4
     return [
-        [ops.shared_words(row + column * (2 * shape.keys) + i * 16, 1)[0] for i in range(2)]
-        for column in (0, 8)
+        [ops.shared_words(row + column * pitch + i, 1)[0] for i in range(0, pitch, 16)]
+        for column in range(0, 2 * shape.group, 8)
     ]
+
+
+def _product(ops, a, b, c):
+    """Return c and what words of a times those of b are, 16 of what is summed at a time or 8."""
+    if len(b) == 1:
+        return ops.product8(a, b[0], c)
+    for i in range(0, len(b), 2):
+        c = ops.product16(a[2 * i : 2 * i + 4], b[i : i + 2], c)
+    return c
 
 
 def _out(ops, x: Tensors, value_head, first_row, g):
@@ -165,7 +212,10 @@ def _out(ops, x: Tensors, value_head, first_row, g):
 def attend(
     ops, shape: Shape, x: Tensors, item: Item, value_head, lane, first_row, values, solved, products
 ):
-    """Compute Y and D of a warp's rows, store outputs; return what multiplies X in the change."""
+    """Compute Y and D of a warp's rows, store outputs.
+
+    Return what multiplies every 8 rows of X in the change.
+    """
     g, t = lane >> 2, lane & 3
     zeros = (ops.zero(),) * 4
     Y = []
@@ -180,58 +230,58 @@ def attend(
         v = [half(shape.dtype, word) for half in (ops.low_half, ops.high_half) for word in v]
         rest.append([v[i] - Y[m][i] for i in range(4)])
     factors = [_factors(ops, shape, solved + term * shape.term, g, t) for term in range(TERMS)]
-    multiply_by = ops.product8 if shape.group == 4 else ops.product16
     D = [zeros] * len(factors[0])
     for i in range(TERMS):
-        cut = []
-        for m in range(len(rest)):
-            low, *of_low = ops.upper_halves(*rest[m][:2])
-            high, *of_high = ops.upper_halves(*rest[m][2:])
-            rest[m] = [*of_low, *of_high]
-            cut += [low, high]
+        cut, rest = _cut(ops, rest)
         for j in range(TERMS - i):
-            D = [multiply_by(cut, F, d) for F, d in zip(factors[j], D, strict=True)]
-    o = [Y[-1][i] + D[-1][i] for i in range(4)]
+            D = [_product(ops, cut, F, d) for F, d in zip(factors[j], D, strict=True)]
     out = _out(ops, x, value_head, first_row, g)
-    draft = ops.select(t < 2, t, t * 2 - 4) if shape.group == 4 else t * 2
-    at = out + (item.row + ops.wide(draft)) * x.out_t
-    for i in range(2):
-        is_query = (t >= 2) & (draft + i < shape.drafts)
-        if shape.group != 4:
-            is_query = draft + i < shape.drafts
-        ops.store_word_if(is_query, at + i * x.out_t, ops.round_halves(shape.dtype, o[i], o[2 + i]))
-    left = [ops.as_float(w) for w in ops.shared_words(solved + shape.left_at + t * 8, 2)]
-    change = [D[0][i] * left[i & 1] for i in range(4)]
-    if shape.group == 4:
-        # pending and queries share the columns of D
-        change = [ops.select(t < 2, D, ops.zero()) for D in change]
-    return tuple(change)
+    for m in range(shape.octets):
+        o = [y + d for y, d in zip(Y[m - shape.octets], D[m - shape.octets], strict=True)]
+        draft = ops.select(t < 2, t, t * 2 - 4) if shape.group == 4 else t * 2 + m * 8
+        at = out + (item.row + ops.wide(draft)) * x.out_t
+        for i in range(2):
+            is_query = (t >= 2) & (draft + i < shape.drafts)
+            if shape.group != 4:
+                is_query = draft + i < shape.drafts
+            word = ops.round_halves(shape.dtype, o[i], o[2 + i])
+            ops.store_word_if(is_query, at + i * x.out_t, word)
+    changes = []
+    for m in range(shape.octets):
+        at = solved + shape.left_at + m * 32 + t * 8
+        left = [ops.as_float(w) for w in ops.shared_words(at, 2)]
+        change = [D[m][i] * left[i & 1] for i in range(4)]
+        if shape.group == 4:
+            # pending and queries share the columns of D
+            change = [ops.select(t < 2, d, ops.zero()) for d in change]
+        changes.append(change)
+    return changes
 
 
-def update(ops, shape: Shape, lane, tile, solved, D, for_change) -> None:
+def update(ops, shape: Shape, lane, tile, solved, changes, X: Operands) -> None:
     """Decay a warp's rows of the state in shared memory, and add the change."""
     g, t = lane >> 2, lane & 3
     is_odd = (g & 1) == 1
     pitch = shape.tile // ROWS
     at = tile + g * (2 * pitch) + t * 16
-    decay = ops.shared_float(solved + shape.left_at + shape.keys * 4)
-    rest, terms = list(D), []
+    decay = ops.shared_float(solved + shape.whole_at)
+    rests, terms = changes, []
     for _ in range(CHANGES[shape.state]):
-        low, rest[0], rest[1] = ops.upper_halves(rest[0], rest[1])
-        high, rest[2], rest[3] = ops.upper_halves(rest[2], rest[3])
-        terms.append((low, high))
+        cut, rests = _cut(ops, rests)
+        terms.append(cut)
     per_pair = 2 if shape.is_float32 else 4
     for n in range(0, pitch // 64, 2):
         low_words, high_words = [], []
         for i, (low, high) in enumerate(_blocks(ops, shape, at, pitch, is_odd, n)):
             low, high = _floats(ops, shape, low), _floats(ops, shape, high)
+            block = X.for_change(n // 2 * per_pair + i)
             changed = []
             for half in range(2):
                 S = [low[2 * half], low[2 * half + 1], high[2 * half], high[2 * half + 1]]
                 S = tuple(s * decay for s in S)
                 for m, term in enumerate(terms):
-                    for X in for_change[n // 2 * per_pair + i][: len(terms) - m]:
-                        S = ops.product8(term, X[half], S)
+                    for factor in block[: len(terms) - m]:
+                        S = _product(ops, term, factor[half], S)
                 changed.append(S)
             a, b = changed
             low_words += _words(ops, shape, (*a[:2], *b[:2]))

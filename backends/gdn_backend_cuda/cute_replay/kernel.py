@@ -91,31 +91,35 @@ def _verify(values, item, shape: cutlass.Constexpr, base, thread, warp, lane):
                 gathered, stages, barriers,
             )  # fmt: skip
     cute.arch.sync_threads()
+    # warps that solve leave it to the others, if there are any
+    first = heads % shape.warps
+    if warp >= first:
+        others = (shape.warps - first) * 32
+        solve.keep(ptx, shape, x, item, thread - first * 32, others, gathered)
     if warp < heads:
         gates = solve.Gates(*new, *old)
         decays = solve.decays(ptx, shape, x, item, own_head, lane, rates, gates)
         XX = solve.products(ptx, shape, lane, gathered)
-        scratch = base + shape.scratch_at + warp * shape.scratch
         solved = gathered + shape.solved + warp * shape.solved_size
-        solve.solve(ptx, shape, XX, decays, lane, scratch, solved)
+        solve.solve(ptx, shape, XX, decays, lane, solved)
         ptx.sync_warp()
         if lane == 0:
             ptx.arrive(is_solved)
-    for_Y, for_change = apply.operands(ptx, shape, lane, gathered)
+    X = apply.operands(ptx, shape, lane, gathered)
     stage, phase = Int32(0), Int32(0)
     for n in cutlass.range(shape.tiles, unroll=1):
         tile, barrier, head = stages + stage * shape.tile, barriers + stage * 8, n // shape.parts
         solved = gathered + shape.solved + head * shape.solved_size
         ptx.wait(barrier, phase)
-        products = apply.multiply(ptx, shape, lane, tile, for_Y)
+        products = apply.multiply(ptx, shape, lane, tile, X)
         ptx.wait(is_solved, 0)
         value_head, part = _place(shape, item, warp, n)
-        D = apply.attend(
+        changes = apply.attend(
             ptx, shape, x, item, value_head, lane, part * ROWS,
             gathered + shape.values + head * (shape.keys * V_ROW), solved, products,
         )  # fmt: skip
         if item.pending > 0:
-            apply.update(ptx, shape, lane, tile, solved, D, for_change)
+            apply.update(ptx, shape, lane, tile, solved, changes, X)
         ptx.fence_async()
         ptx.sync_warp()
         if lane == 0:

@@ -20,7 +20,7 @@ AXES: dict[str, tuple[int, ...]] = {
     "inputs": (0, 1), "a": (0, 1), "b": (0, 1), "A_log": (), "dt_bias": (), "kept_k": (0, 1, 2),
     "kept_v": (0, 1, 2), "kept_g": (0, 1, 2), "kept_beta": (0, 1, 2), "out": (0, 1),
 }  # fmt: skip
-STATE, OUT = list(AXES).index("state"), list(AXES).index("out")
+STATE, KEPT_K, KEPT_V, OUT = (list(AXES).index(x) for x in ("state", "kept_k", "kept_v", "out"))
 # those that are contiguous along an axis
 CONTIGUOUS = {
     "A_log": 0, "dt_bias": 0, "inputs": 2, "out": 2, "kept_k": 3, "kept_v": 3,
@@ -29,8 +29,9 @@ OF_ACTIVATIONS = (
     "mixed", "weight", "bias", "window", "inputs", "a", "b", "kept_k", "kept_v", "out",
 )  # fmt: skip
 IN_FLOAT32 = ("A_log", "kept_g", "kept_beta")
-# bytes of what is moved at once: bulk copies of the state, two outputs of a lane
-ALIGNMENT = {"state": 16, "out": 4}
+# bytes of what is moved at once: bulk copies and vectors, two outputs of a lane
+VECTOR, PAIR = 16, 4
+ALIGNMENT = {"state": VECTOR, "kept_k": VECTOR, "kept_v": VECTOR, "out": PAIR}
 
 Given = Sequence[Tensor | None]  # in the order of AXES
 Layout = tuple[tuple[torch.dtype, tuple[int, ...]] | None, ...]  # of what is given
@@ -47,10 +48,13 @@ ANY = sys.maxsize
 FEW = 132  # items: each has an SM of an H200 to itself
 # by the most bytes of an item's states, and the most items of a batch. H200, H16/HV32, in us at B =
 # 8, 32, 128: float32 states 12.5, 44.6, 158 with (8, 1), 14.6, 42.6, 157 with (4, 2), 14.5, 43.6,
-# 156 with (8, 2); bfloat16 8.7, 27.0, 87.9, and 10.0, 29.7, 88.8, and 8.5, 26.5, 87.2
+# 156 with (8, 2); bfloat16 8.7, 27.0, 87.9, and 10.0, 29.7, 88.8, and 8.5, 26.5, 87.2. Of 16 drafts
+# float32 21.4, 78.2, 267 with (8, 1), 26.4, 72.3, 244 with (4, 2); bfloat16 18.4, 63.9, 230, and
+# 21.1, 62.2, 200
+FEW_OR_MANY = ((FEW, Team(8, 1)), (ANY, Team(4, 2)))
 TEAMS: tuple[tuple[int, tuple[tuple[int, Team], ...]], ...] = (
     (64 << 10, ((ANY, Team(8, 2)),)),
-    (128 << 10, ((FEW, Team(8, 1)), (ANY, Team(4, 2)))),
+    (128 << 10, FEW_OR_MANY),
     (ANY, ((ANY, Team(8, 1)),)),
 )
 
@@ -84,7 +88,7 @@ def shapes_of(spec: GdnSpec, kind: Kind) -> list[tuple[int, Shape]]:
     teams = next(teams for most, teams in TEAMS if size <= most)
     if spec.dtype is torch.float16 or kind.room > 4:
         # two terms of X, or more rows, take registers that two blocks of 8 warps do not have
-        teams = ((ANY, Team(4, 2) if heads <= 2 else Team(8, 1)),)
+        teams = FEW_OR_MANY if heads <= 2 else ((ANY, Team(8, 1)),)
     return [
         (items, Shape(
             H=spec.num_k_heads, HV=spec.num_v_heads, dtype=dtype, state=state,
@@ -167,7 +171,8 @@ def numbers_of(
     number of items.
     """
     addresses = [0 if x is None else x.data_ptr() for x in given]
-    if addresses[STATE] % ALIGNMENT["state"] or addresses[OUT] % ALIGNMENT["out"]:
+    copied = addresses[STATE] | addresses[KEPT_K] | addresses[KEPT_V]
+    if copied % VECTOR or addresses[OUT] % PAIR:
         return None
     slots, counts = metadata.state_indices, metadata.num_accepted
     # of int64 the lower half is read

@@ -122,6 +122,11 @@ def global_u16(address):
     return _asm("ld.global.u16 $0, [$1];", [Uint32], [Int64(address)])
 
 
+def global_words(address):
+    """Load two words of 32 bits."""
+    return _asm("ld.global.v2.u32 {$0, $1}, [$2];", [Uint32] * 2, [Int64(address)])
+
+
 def global_float(address):
     """Load a float."""
     return _asm("ld.global.f32 $0, [$1];", [Float32], [Int64(address)])
@@ -137,6 +142,12 @@ def store_word_if(condition, address, word):
     """Store a word, if so."""
     text = "{ .reg .pred p; setp.ne.s32 p, $0, 0; @p st.global.u32 [$1], $2; }"
     _asm(text, [], [_flag(condition), Int64(address), word])
+
+
+def store_words_if(condition, address, words):
+    """Store 4 words, if so."""
+    text = "{ .reg .pred p; setp.ne.s32 p, $0, 0; @p st.global.v4.u32 [$1], {$2, $3, $4, $5}; }"
+    _asm(text, [], [_flag(condition), Int64(address), *words])
 
 
 def store_float_if(condition, address, x):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 Value = Any
 
 K = V = 128
-P = ROOM = 8  # drafts of a step, and those that are pending, at most
+P = ROOM = 16  # drafts of a step, and those that are pending, at most
 W = 4
 TERMS = 3
 LOG2_E = 1.4426950408889634
@@ -39,7 +39,7 @@ class Shape:
     float32_dt_bias: bool
     drafts: int  # of a sequence: 1 to P
     room: int  # for drafts that are pending: drafts to ROOM
-    warps: int  # of a block: 4 or 8
+    warps: int  # of a block: 4 or 8, no fewer than value heads of a key head
     blocks: int  # that an SM is to hold
 
     @property
@@ -70,7 +70,7 @@ class Shape:
     @property
     def group(self) -> int:
         """Rows of X for what is pending; as many are for new keys, and for queries."""
-        return 4 if self.room <= 4 else 8
+        return 4 if self.room <= 4 else 8 if self.room <= 8 else 16
 
     @property
     def keys(self) -> int:
@@ -80,7 +80,12 @@ class Shape:
     @property
     def x_rows(self) -> int:
         """Rows of X, the last of which are queries."""
-        return 16 if self.group == 4 else 24
+        return 16 if self.group == 4 else 3 * self.group
+
+    @property
+    def octets(self) -> int:
+        """Tiles of 8 rows that X has of a kind; 4 of a kind share one with others."""
+        return -(-self.group // 8)
 
     @property
     def values(self) -> int:
@@ -94,33 +99,37 @@ class Shape:
 
     @property
     def term(self) -> int:
-        """Bytes of a term of what D sums: 8 rows of all keys; 16 where pending fill the first 8."""
-        return 2 * self.keys * (8 if self.group == 4 else 16)
+        """Bytes of a term of what D sums: a row of all keys for what is pending and for queries."""
+        return 2 * self.keys * 2 * self.group
 
     @property
     def decay_at(self) -> int:
-        """Where the decays of X's rows are in what is solved of a head, behind the terms."""
-        return TERMS * self.term
+        """Where the decays of X's rows are in what is solved of a head.
+
+        They are behind the terms, and behind what the substitution has in their place before: rows
+        of keys, then tiles of queries.
+        """
+        return max(TERMS * self.term, (self.keys + 8 * self.octets) * self.keys * 4)
 
     @property
     def left_at(self) -> int:
-        """Where what is left of each pending key is, and behind all keys of the state."""
+        """Where what is left of each pending key is."""
         return self.decay_at + self.x_rows * 4
+
+    @property
+    def whole_at(self) -> int:
+        """Where what is left of the state is."""
+        return self.left_at + 8 * self.octets * 4
 
     @property
     def solved_size(self) -> int:
         """Bytes that are solved of a head."""
-        return -(-(self.left_at + (self.keys + 1) * 4) // 128) * 128
-
-    @property
-    def scratch(self) -> int:
-        """Bytes of a head that the substitution takes: rows of keys, then 8 of queries."""
-        return (self.keys + 8) * self.keys * 4
+        return -(-(self.whole_at + 4) // 128) * 128
 
     @property
     def depth(self) -> int:
         """Tiles that a warp holds at a time: all that it owns, or as many as fit."""
-        rest = self.solved + self.heads * (self.solved_size + self.scratch)
+        rest = self.solved + self.heads * self.solved_size
         rest += 8 * (self.warps * self.tiles + 1)
         most = SHARED // self.blocks - DRIVERS - rest
         return min(most // (self.warps * self.tile), self.tiles)
@@ -131,14 +140,9 @@ class Shape:
         return self.warps * self.depth * self.tile
 
     @property
-    def scratch_at(self) -> int:
-        """Where the scratch of the heads starts."""
-        return self.gathered_at + self.solved + self.heads * self.solved_size
-
-    @property
     def barriers_at(self) -> int:
         """Where the barriers of the stages start, warp by warp."""
-        return self.scratch_at + self.heads * self.scratch
+        return self.gathered_at + self.solved + self.heads * self.solved_size
 
     @property
     def is_solved_at(self) -> int:

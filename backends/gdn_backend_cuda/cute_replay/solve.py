@@ -3,8 +3,8 @@
 
 All is written in the functions of ``ptx`` alone, passed as ``ops``, so that it also runs on lanes
 in NumPy. Rows of X, where 4 of a kind are enough: 0..3 the pending keys, 4..7 the new keys, 8..11
-zeros, 12..15 the new queries; else 8 of each kind. A query's product then lies in the lane, and at
-the place, where the tensor core leaves what D adds to it.
+zeros, 12..15 the new queries; else 8 or 16 of each kind. A query's product then lies in the lane,
+and at the place, where the tensor core leaves what D adds to it.
 """
 
 from __future__ import annotations
@@ -53,20 +53,23 @@ def fetch_filters(ops, shape: Shape, x: Tensors, head, j, vectors) -> list[Filte
 
 
 class Channel(NamedTuple):
-    """What a slot has of a channel: inputs in front of the drafts, and what is pending."""
+    """What a slot has: of a channel inputs in front of the drafts; of what is pending some words.
+
+    They are two words, 4 channels, of every fourth row.
+    """
 
     columns: Value
     old: Value
 
 
-def _kept(ops, shape: Shape, x: Tensors, slot, head, n, j):
-    """Return where a channel of k or of a v is kept, and from step to step."""
+def _kept(ops, shape: Shape, x: Tensors, slot, head, n):
+    """Return where k or a v is kept, and from step to step."""
     if n == 1:
         kept, kept_p = x.kept_k + slot * x.kept_k_s + ops.wide(head) * x.kept_k_h, x.kept_k_p
     else:
         value_head = ops.wide(head * shape.heads + (n - 2))
         kept, kept_p = x.kept_v + slot * x.kept_v_s + value_head * x.kept_v_h, x.kept_v_p
-    return kept + ops.wide(j) * 2, kept_p
+    return kept, kept_p
 
 
 def fetch_drafts(ops, shape: Shape, x: Tensors, row, head, j, vectors) -> list[Value]:
@@ -79,7 +82,7 @@ def fetch_drafts(ops, shape: Shape, x: Tensors, row, head, j, vectors) -> list[V
 
 
 def fetch_channels(ops, shape: Shape, x: Tensors, item: Item, j, vectors) -> list[Channel]:
-    """Load what a slot has of a thread's channels."""
+    """Load what a slot has for a thread."""
     slot, pending, _, head = item
     channels = []
     for n in vectors:
@@ -94,8 +97,12 @@ def fetch_channels(ops, shape: Shape, x: Tensors, item: Item, j, vectors) -> lis
             columns.append(ops.global_u16(place))
         old = []
         if n >= 1:
-            kept, kept_p = _kept(ops, shape, x, slot, head, n, j)
-            old = [ops.global_u16(kept + r * kept_p) for r in range(shape.room)]
+            kept, kept_p = _kept(ops, shape, x, slot, head, n)
+            for first in range(0, shape.room, 4):
+                row, last = (j >> 5) + first, j * 0 + (shape.room - 1)
+                if first + 4 > shape.room:
+                    row = ops.select(row < shape.room, row, last)
+                old.append(ops.global_words(kept + ops.wide(row) * kept_p + ops.wide(j & 31) * 8))
         channels.append(Channel(columns, old))
     return channels
 
@@ -104,7 +111,7 @@ def gather(ops, shape: Shape, x: Tensors, item: Item, j, buffer, vectors, filter
            channels) -> None:  # fmt: skip
     """Run the convolution on channel ``j`` of ``vectors``, put all into X and the values.
 
-    The new drafts take the place of the pending ones, and the window moves up to the drafts.
+    The new inputs take the place of the pending ones, and the window moves up to them.
     """
     slot, pending, _, head = item
     for n, (factors, offset), (columns, old), new in zip(
@@ -119,14 +126,15 @@ def gather(ops, shape: Shape, x: Tensors, item: Item, j, buffer, vectors, filter
             target, pitch = buffer, X_ROW
         else:
             target, pitch = buffer + (shape.values + (n - 2) * shape.keys * V_ROW), V_ROW
+        Q, none = shape.group, (ops.no_bits(),) * 2
+        for r in range(0, Q if n else 0, 4):
+            row = (j >> 5) + r
+            words = none if r >= shape.room else old[r // 4]
+            words = [ops.select(pending > row, word, ops.no_bits()) for word in words]
+            ops.put_words(target + row * pitch + (j & 31) * 8, words)
         target = target + j * 2
-        for r, word in enumerate(old):
-            word = ops.select(pending > r, word, ops.no_bits())
-            ops.put_u16(target + r * pitch, word)
-        Q = shape.group
         first = shape.x_rows - Q if n == 0 else Q
-        no_rows = [*range(len(old), Q)] if n else []
-        for r in (*no_rows, *range(first + shape.drafts, first + Q)):
+        for r in range(first + shape.drafts, first + Q):
             ops.put_u16(target + r * pitch, ops.no_bits())
         for t in range(shape.drafts):
             y = ops.zero() if offset is None else ops.low_half(shape.dtype, ops.here(offset))
@@ -138,36 +146,61 @@ def gather(ops, shape: Shape, x: Tensors, item: Item, j, buffer, vectors, filter
                 y = y * root * root
             word = ops.round_halves(shape.dtype, y, ops.zero())
             ops.put_u16(target + (first + t) * pitch, word)
-            if n >= 1:
-                kept, kept_p = _kept(ops, shape, x, slot, head, n, j)
-                ops.store_u16_if(pending >= 0, kept + t * kept_p, word)
         for i in range(W - 1):
             ops.store_u16_if(pending > 0, window + i * x.window_l, columns[i])
         for t in range(shape.drafts):
             ops.store_u16_if(pending >= 0, inputs + t * x.inputs_p, columns[W - 1 + t])
 
 
-def products(ops, shape: Shape, lane, buffer):
-    """Return products of X's rows as the tensor core leaves them.
+def keep(ops, shape: Shape, x: Tensors, item: Item, thread, threads: int, buffer) -> None:
+    """Store the new keys and values where the pending ones were, 16 bytes a thread at a time."""
+    pieces = shape.drafts * (K * 2 // 16)
+    for n in range(1, 2 + shape.heads):
+        source, pitch = buffer, X_ROW
+        if n >= 2:
+            source, pitch = buffer + (shape.values + (n - 2) * shape.keys * V_ROW), V_ROW
+        kept, kept_p = _kept(ops, shape, x, item.slot, item.head, n)
+        for first in range(0, pieces, threads):
+            piece = thread + first
+            is_piece = piece < pieces
+            piece = ops.select(is_piece, piece, piece * 0)
+            row, at = piece >> 4, (piece & 15) * 16
+            words = ops.shared_words(source + (row + shape.group) * pitch + at, 4)
+            ops.store_words_if(is_piece, kept + ops.wide(row) * kept_p + ops.wide(at), words)
 
-    All 16 rows times keys and times queries; or keys times 8 keys and 8 more, queries times both,
-    and queries times queries.
+
+def products(ops, shape: Shape, lane, buffer):
+    """Return products of X's rows as the tensor core leaves them, by two tiles of 8 rows and one.
+
+    They are keys times keys, queries times keys, and queries times queries; nothing of the tiles
+    where no row is behind a column.
     """
     g, t = lane >> 2, lane & 3
-    count = 2 if shape.group == 4 else 5
-    sums = [[(ops.zero(),) * 4] * count for _ in range(2)]
+    tiles = shape.x_rows // 8
+    wanted = [
+        (row, column) for row in range(0, tiles, 2) for column in range(tiles) if row + 1 >= column
+    ]
+    sums: list[dict[tuple[int, int], Value]] = [
+        dict.fromkeys(wanted, (ops.zero(),) * 4) for _ in range(2)
+    ]
     for n in range(K // 16):
         at = buffer + g * X_ROW + t * 8 + n * 32
         words = [ops.shared_words(at + i * X_ROW, 2) for i in range(0, shape.x_rows, 8)]
-        rows = (words[0][0], words[1][0], words[0][1], words[1][1])
-        pairs = [(rows, words[0]), (rows, words[1])]
-        if shape.group != 4:
-            queries = (words[2][0], ops.no_bits(), words[2][1], ops.no_bits())
-            pairs += [(queries, columns) for columns in words]
-        sums[n & 1] = [
-            ops.product16(*pair, x, shape.dtype) for pair, x in zip(pairs, sums[n & 1], strict=True)
-        ]
-    return [[x + y for x, y in zip(one, two, strict=True)] for one, two in zip(*sums, strict=True)]
+        words += [(ops.no_bits(),) * 2] * (tiles % 2)
+        for row, column in wanted:
+            low, high = words[row], words[row + 1]
+            rows = (low[0], high[0], low[1], high[1])
+            total = sums[n & 1][row, column]
+            sums[n & 1][row, column] = ops.product16(rows, words[column], total, shape.dtype)
+    return {
+        at: [x + y for x, y in zip(one, sums[1][at], strict=True)] for at, one in sums[0].items()
+    }
+
+
+def _of_row(sums, row, column):
+    """Return the two products that a lane has of one of its rows of tile ``row``."""
+    first = row % 2 * 2
+    return sums[row - row % 2, column][first : first + 2]
 
 
 def softplus(ops, x):
@@ -270,41 +303,42 @@ def decays(ops, shape: Shape, x: Tensors, item: Item, value_head, lane, rates: R
     g = ops.select(g < -104.0, ops.number(-104.0), g)
     total = ops.add(ops.add(g, ops.number(12288.0)), ops.number(-12288.0))
     fine = g - total
-    for n in (1, 2, 4, 8)[: 3 if Q == 4 else 4]:
+    for n in (1, 2, 4, 8, 16)[: shape.keys.bit_length() - 1]:
         others = ops.shuffle(total, (lane - n) & 31), ops.shuffle(fine, (lane - n) & 31)
         total = total + ops.select(r >= n, others[0], nothing)
         fine = fine + ops.select(r >= n, others[1], nothing)
     return Decays(total, fine, beta)
 
 
-def solve(ops, shape: Shape, sums, of: Decays, lane, scratch, solved) -> None:
-    """Solve the R x R problem of one value head."""
+def solve(ops, shape: Shape, sums, of: Decays, lane, solved) -> None:
+    """Solve the R x R problem of one value head: put its terms where they are for ``attend``."""
     g, t, r = lane >> 2, lane & 3, lane & (shape.keys - 1)
     Q, tiles, pitch = shape.group, shape.keys // 8, shape.keys * 4
+    first_query = shape.x_rows // 8 - shape.octets
     nothing = ops.zero()
-    # of a row of a query, products with keys; and the place of its square
-    asked = [sums[0][2:]] if Q == 4 else [x[:2] for x in sums[2:4]]
-    own = sums[1][2:] if Q == 4 else sums[4][:2]
     # norms, in the lanes that hold the squares
-    inverse, of_query = [ops.one()] * tiles, ops.number(shape.scale)
+    inverse, of_query = [ops.one()] * tiles, [ops.number(shape.scale)] * shape.octets
     if shape.has_norm:
         is_odd = (g & 1) == 1
-        for m in range(tiles):
-            square = ops.select(is_odd, sums[m][2 * m + 1], sums[m][2 * m])
-            inverse[m] = ops.reciprocal_root(square + ops.number(1e-6))
-        square = ops.select(is_odd, own[1], own[0])
-        of_query = ops.reciprocal_root(square + ops.number(1e-6)) * of_query
+
+        def inverse_norm(row):
+            squares = _of_row(sums, row, row)
+            square = ops.select(is_odd, squares[1], squares[0])
+            return ops.reciprocal_root(square + ops.number(1e-6))
+
+        inverse = [inverse_norm(m) for m in range(tiles)]
+        of_query = [inverse_norm(first_query + m) * scale for m, scale in enumerate(of_query)]
 
     def norm_of(x, row):
         return ops.shuffle(x, row * 4 + (row >> 1)) if shape.has_norm else x
 
-    # what couples steps; the last rows are also those of queries, whose decay is their key's
-    queries = scratch + shape.keys * pitch
+    # what couples steps; the decay of a query is that of its key
+    queries = solved + shape.keys * pitch
     for m in range(tiles):
-        row = g + 8 * m
+        row, query = g + 8 * m, m - (tiles - shape.octets)
         total, fine, beta = (ops.shuffle(x, row) for x in of)
-        norm, norm_query = norm_of(inverse[m], g), norm_of(of_query, g)
-        for c in range(tiles):
+        norm, norm_query = norm_of(inverse[m], g), norm_of(of_query[query], g)
+        for c in range(tiles if query >= 0 else m + 1):
             key_row, query_row = [], []
             for n in range(2):
                 j = t * 2 + n
@@ -312,71 +346,65 @@ def solve(ops, shape: Shape, sums, of: Decays, lane, scratch, solved) -> None:
                 between = total - ops.shuffle(of.total, column)
                 decay = ops.exp(between + (fine - ops.shuffle(of.fine, column)))
                 other = norm_of(inverse[c], j)
-                value = ops.zero() - beta * (sums[c][2 * m + n] * norm * other * decay)
-                key_row.append(ops.as_word(ops.select(column < row, value, nothing)))
-                if m == tiles - 1:
-                    value = asked[c][n] * norm_query * other * decay
+                if c <= m:
+                    value = ops.zero() - beta * (_of_row(sums, m, c)[n] * norm * other * decay)
+                    key_row.append(ops.as_word(ops.select(column < row, value, nothing)))
+                if query >= 0:
+                    value = _of_row(sums, first_query + query, c)[n] * norm_query * other * decay
                     query_row.append(ops.as_word(ops.select(column <= row, value, nothing)))
             at = g * pitch + c * 32 + t * 8
-            ops.put_words(scratch + m * (8 * pitch) + at, key_row)
-            if m == tiles - 1:
-                ops.put_words(queries + at, query_row)
+            if key_row:
+                ops.put_words(solved + m * (8 * pitch) + at, key_row)
+            if query_row:
+                ops.put_words(queries + query * (8 * pitch) + at, query_row)
     _keep_decays(ops, shape, of, lane, norm_of, inverse, of_query, solved)
     ops.sync_warp()
     # column r of the solution; lanes with the same column have different queries and pending keys
-    rows: list[Value] = []
-
-    def product(total, at, count):
-        for first in range(0, count, 4):
-            words = ops.shared_words(at + first * 4, 4)
-            for word, row in zip(words, rows[first:count], strict=False):
-                total = total + ops.as_float(word) * row
-        return total
-
-    for i in range(shape.keys):
-        row = product(ops.select(r == i, of.beta, nothing), scratch + i * pitch, i)
-        rows.append(row)
-    if Q == 4:
-        q = lane >> 3
-        query = product(ops.zero(), queries + (q + Q) * pitch, shape.keys)
-        key = ops.select(
-            q < 2, ops.select(q == 0, rows[0], rows[1]), ops.select(q == 2, rows[2], rows[3])
-        )
-        kept = [(0, key), (Q, query)]
-    else:
-        half, kept = lane >> 4, []
-        for m in range(4):
-            q = half * 4 + m
-            query = product(ops.zero(), queries + q * pitch, shape.keys)
-            key = ops.select(half == 0, rows[m], rows[4 + m])
-            kept += [(q - half, key), (q - half + Q, query)]
-    for first, x in kept:
-        at = solved + first * (2 * shape.keys) + lane * 2
-        for term in range(TERMS):
-            word, x, _ = ops.upper_halves(x, ops.zero())
-            ops.put_u16(at + term * shape.term, word)
+    copies = 32 // shape.keys
+    copy, count = lane >> (shape.keys.bit_length() - 1), Q // copies
+    # a tile that queries share with others has them in its last rows
+    asking = queries + (copy * count + (8 * shape.octets - Q)) * pitch
+    rows = [ops.select(r == i, of.beta, nothing) for i in range(shape.keys)]
+    answers = [nothing] * count
+    for first in range(0, shape.keys, 4):
+        # four rows are done, and go into all that follow
+        for i in range(first + 1, shape.keys):
+            words = ops.shared_words(solved + i * pitch + first * 4, 4)
+            for word, row in zip(words, rows[first:i], strict=False):
+                rows[i] = rows[i] + ops.as_float(word) * row
+        for m in range(count):
+            words = ops.shared_words(asking + m * pitch + first * 4, 4)
+            for word, row in zip(words, rows[first : first + 4], strict=True):
+                answers[m] = answers[m] + ops.as_float(word) * row
+    ops.sync_warp()  # the terms take the place of what all lanes have read
+    for m in range(count):
+        key = rows[m]
+        for n in range(1, copies):
+            key = ops.select(copy == n, rows[m + n * count], key)
+        for row, x in ((0, key), (Q, answers[m])):
+            at = solved + (copy * count + m + row) * (2 * shape.keys) + r * 2
+            for term in range(TERMS):
+                word, x, _ = ops.upper_halves(x, nothing)
+                ops.put_u16(at + term * shape.term, word)
 
 
 def _keep_decays(ops, shape: Shape, of: Decays, lane, norm_of, inverse, of_query, solved) -> None:
     """Keep what needs no substitution: what scales X's rows for Y, and pending keys in the end."""
     Q, nothing = shape.group, ops.zero()
-    r = lane & 7
+    row, octet = lane & 7, lane >> 3
+    norm, norm_query = norm_of(inverse[0], row), norm_of(of_query[0], row)
+    for m in range(1, shape.keys // 8):
+        norm = ops.select(octet == m, norm_of(inverse[m], row), norm)
+    for m in range(1, shape.octets):
+        norm_query = ops.select(octet == m + shape.octets, norm_of(of_query[m], row), norm_query)
+    decay, decays = ops.exp(of.total + of.fine), solved + shape.decay_at + lane * 4
+    ops.put_float_if(lane < shape.keys, decays, norm * decay)
+    # a query's decay is its key's; nothing is in front of queries that share a tile
+    for_query = ops.select(lane < Q, nothing, norm_query * decay)
+    is_row = lane < shape.keys if Q == 4 else (lane >= Q) & (lane < shape.keys)
+    ops.put_float_if(is_row, decays + (shape.x_rows - shape.keys) * 4, for_query)
     old, old_fine = ops.shuffle(of.total, Q - 1), ops.shuffle(of.fine, Q - 1)
-    total, fine = of.total, of.fine
-    norm = norm_of(inverse[0], r)
-    if Q == 4:
-        is_row, place = (lane < shape.keys) | (lane >= 12), lane & 15
-        norm = ops.select(lane < shape.keys, norm, norm_of(of_query, r))
-    else:
-        # lanes 16 to 23 have the queries, whose keys are those of 8 to 15
-        key = ops.select(lane < 16, lane, lane - 8)
-        total, fine = ops.shuffle(total, key), ops.shuffle(fine, key)
-        norm = ops.select(lane < 8, norm, norm_of(inverse[1], r))
-        is_row, place = lane < shape.x_rows, lane
-        norm = ops.select(lane < 16, norm, norm_of(of_query, r))
-    decay = ops.select(is_row, norm * ops.exp(total + fine), nothing)
-    ops.put_float_if(lane < shape.x_rows, solved + shape.decay_at + place * 4, decay)
-    left = norm * ops.exp((old - total) + (old_fine - fine))
-    whole = ops.select(lane == shape.keys, ops.exp(old + old_fine), nothing)
-    left = ops.select(lane < Q, left, whole)
-    ops.put_float_if(lane <= shape.keys, solved + shape.left_at + place * 4, left)
+    left = norm * ops.exp((old - of.total) + (old_fine - of.fine))
+    whole, last = ops.exp(old + old_fine), 8 * shape.octets
+    left = ops.select(lane < Q, left, ops.select(lane == last, whole, nothing))
+    ops.put_float_if(lane <= last, solved + shape.left_at + lane * 4, left)
