@@ -92,7 +92,8 @@ def _for_change(ops, shape: Shape, lane, buffer, n):
             row = at + half * 4 + i * (8 * X_ROW)
             word = ops.pair(ops.shared_u16(row), ops.shared_u16(row + X_ROW))
             words.append(ops.select(t < 2, word, ops.no_bits()) if shape.group == 4 else word)
-    return [(t[: shape.octets], t[shape.octets :]) for t in _terms(ops, shape, words)]
+    terms = _terms(ops, shape, words)
+    return [(term[: shape.octets], term[shape.octets :]) for term in terms]
 
 
 class Operands(NamedTuple):
@@ -104,10 +105,10 @@ class Operands(NamedTuple):
 
 def operands(ops, shape: Shape, lane, buffer) -> Operands:
     """Return X's operands: what is held for all tiles or, where X is too large, loaded for each."""
-    operands = Operands(*[partial(f, ops, shape, lane, buffer) for f in (_for_Y, _for_change)])
+    loads = [partial(load, ops, shape, lane, buffer) for load in (_for_Y, _for_change)]
     if shape.group == 16:
-        return operands
-    return Operands(*[[part(n) for n in range(K // 16)].__getitem__ for part in operands])
+        return Operands(*loads)
+    return Operands(*[[load(n) for n in range(K // 16)].__getitem__ for load in loads])
 
 
 def _load_chunks(ops, at, is_odd, n):
