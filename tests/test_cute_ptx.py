@@ -131,11 +131,12 @@ def test_the_compiled_kernel_passes_whatever_lands_when(machine: Machine, kind: 
     machine.check(kind, seed=0)
 
 
-def test_results_are_the_same_bits_whoever_takes_an_item(machine: Machine) -> None:
+@pytest.mark.parametrize("P", [4, 16])
+def test_results_are_the_same_bits_whoever_takes_an_item(machine: Machine, P: int) -> None:
     machine.seed, machine.change = 0, lambda program: program
     written = []
     for machine.team in (Team(8, 1), Team(4, 2)):
-        arguments = replay_case(RATIO2, 3).arguments
+        arguments = replay_case(RATIO2, 3, P=P).arguments
         machine.bound(RATIO2).verify_step(**arguments)
         written.append(leaves(arguments))
 
