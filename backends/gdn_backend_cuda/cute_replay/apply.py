@@ -27,17 +27,31 @@ TERMS_OF = {"float32": TERMS, "bfloat16": 1, "float16": 2}
 CHANGES = {"float32": TERMS, "bfloat16": 2, "float16": 2}
 
 
-def _terms(ops, shape: Shape, words):
-    """Return words of numbers of X as terms of bfloat16, all words of a term at a time."""
-    if shape.dtype == "bfloat16":
-        return [tuple(words)]
-    halves = [(ops.low_half(shape.dtype, w), ops.high_half(shape.dtype, w)) for w in words]
+def _cut(ops, numbers):
+    """Return the upper halves of numbers, two a word, and what is left of them."""
+    words, rests = [], []
+    for i in range(0, len(numbers), 2):
+        word, *rest = ops.upper_halves(*numbers[i : i + 2])
+        words.append(word)
+        rests += rest
+    return words, rests
+
+
+def _terms(ops, numbers, count: int):
+    """Return numbers as so many terms of bfloat16, the words of each."""
     terms = []
-    for _ in range(TERMS_OF[shape.dtype]):
-        cut = [ops.upper_halves(*pair) for pair in halves]
-        terms.append(tuple(word for word, *_ in cut))
-        halves = [rest for _, *rest in cut]
+    for _ in range(count):
+        words, numbers = _cut(ops, numbers)
+        terms.append(words)
     return terms
+
+
+def _terms_of_X(ops, shape: Shape, words):
+    """Return words of numbers of X as terms of bfloat16, the words of each."""
+    if shape.dtype == "bfloat16":
+        return [words]
+    halves = [half(shape.dtype, w) for w in words for half in (ops.low_half, ops.high_half)]
+    return _terms(ops, halves, TERMS_OF[shape.dtype])
 
 
 def _floats(ops, shape: Shape, words):
@@ -54,17 +68,6 @@ def _words(ops, shape: Shape, row):
     return [ops.round_halves(shape.state, *row[i : i + 2]) for i in range(0, len(row), 2)]
 
 
-def _cut(ops, rows):
-    """Return the upper halves of four numbers of each, two words, and what is left of them."""
-    words, rests = [], []
-    for a, b, c, d in rows:
-        low, *of_low = ops.upper_halves(a, b)
-        high, *of_high = ops.upper_halves(c, d)
-        words += [low, high]
-        rests.append([*of_low, *of_high])
-    return words, rests
-
-
 def _pairs(words):
     return [words[i : i + 2] for i in range(0, len(words), 2)]
 
@@ -79,7 +82,7 @@ def _for_Y(ops, shape: Shape, lane, buffer, n):
     g, t = lane >> 2, lane & 3
     at = buffer + g * X_ROW + _column(shape, n, t) * 2
     words = [w for i in range(0, shape.x_rows, 8) for w in ops.shared_words(at + i * X_ROW, 2)]
-    return [_pairs(term) for term in _terms(ops, shape, words)]
+    return [_pairs(term) for term in _terms_of_X(ops, shape, words)]
 
 
 def _for_change(ops, shape: Shape, lane, buffer, n):
@@ -92,7 +95,7 @@ def _for_change(ops, shape: Shape, lane, buffer, n):
             row = at + half * 4 + i * (8 * X_ROW)
             word = ops.pair(ops.shared_u16(row), ops.shared_u16(row + X_ROW))
             words.append(ops.select(t < 2, word, ops.no_bits()) if shape.group == 4 else word)
-    terms = _terms(ops, shape, words)
+    terms = _terms_of_X(ops, shape, words)
     return [(term[: shape.octets], term[shape.octets :]) for term in terms]
 
 
@@ -168,11 +171,7 @@ def multiply(ops, shape: Shape, lane, tile, X: Operands):
                 rest = [*low[:2], *high[:2], *low[2:], *high[2:]]
             for term in range(terms):
                 if rest:
-                    S = []
-                    for m in range(4):
-                        pair = rest[2 * m : 2 * m + 2]
-                        word, rest[2 * m], rest[2 * m + 1] = ops.upper_halves(*pair)
-                        S.append(word)
+                    S, rest = _cut(ops, rest)
                 # the last terms of both are below what float32 holds
                 for factor in block[: max(TERMS - term, 1)]:
                     for m in range(tiles):
@@ -229,7 +228,7 @@ def attend(
         at = values + (m * 8 + t * 2) * V_ROW + (first_row + g * 2) * 2
         v = [ops.shared_words(at + i * V_ROW, 1)[0] for i in range(2)]
         v = [half(shape.dtype, word) for half in (ops.low_half, ops.high_half) for word in v]
-        rest.append([v[i] - Y[m][i] for i in range(4)])
+        rest += [v[i] - Y[m][i] for i in range(4)]
     factors = [_factors(ops, shape, solved + term * shape.term, g, t) for term in range(TERMS)]
     D = [zeros] * len(factors[0])
     for i in range(TERMS):
@@ -242,9 +241,9 @@ def attend(
         draft = ops.select(t < 2, t, t * 2 - 4) if shape.group == 4 else t * 2 + m * 8
         at = out + (item.row + ops.wide(draft)) * x.out_t
         for i in range(2):
-            is_query = (t >= 2) & (draft + i < shape.drafts)
-            if shape.group != 4:
-                is_query = draft + i < shape.drafts
+            is_query = draft + i < shape.drafts
+            if shape.group == 4:
+                is_query = (t >= 2) & is_query
             word = ops.round_halves(shape.dtype, o[i], o[2 + i])
             ops.store_word_if(is_query, at + i * x.out_t, word)
     changes = []
@@ -255,7 +254,7 @@ def attend(
         if shape.group == 4:
             # pending and queries share the columns of D
             change = [ops.select(t < 2, d, ops.zero()) for d in change]
-        changes.append(change)
+        changes += change
     return changes
 
 
@@ -266,10 +265,7 @@ def update(ops, shape: Shape, lane, tile, solved, changes, X: Operands) -> None:
     pitch = shape.tile // ROWS
     at = tile + g * (2 * pitch) + t * 16
     decay = ops.shared_float(solved + shape.whole_at)
-    rests, terms = changes, []
-    for _ in range(CHANGES[shape.state]):
-        cut, rests = _cut(ops, rests)
-        terms.append(cut)
+    terms = _terms(ops, changes, CHANGES[shape.state])
     per_pair = 2 if shape.is_float32 else 4
     for n in range(0, pitch // 64, 2):
         low_words, high_words = [], []

@@ -99,9 +99,9 @@ def fetch_channels(ops, shape: Shape, x: Tensors, item: Item, j, vectors) -> lis
         if n >= 1:
             kept, kept_p = _kept(ops, shape, x, slot, head, n)
             for first in range(0, shape.room, 4):
-                row, last = (j >> 5) + first, j * 0 + (shape.room - 1)
+                row = (j >> 5) + first
                 if first + 4 > shape.room:
-                    row = ops.select(row < shape.room, row, last)
+                    row = ops.select(row < shape.room, row, j * 0 + (shape.room - 1))
                 old.append(ops.global_words(kept + ops.wide(row) * kept_p + ops.wide(j & 31) * 8))
         channels.append(Channel(columns, old))
     return channels
@@ -337,7 +337,8 @@ def solve(ops, shape: Shape, sums, of: Decays, lane, solved) -> None:
     for m in range(tiles):
         row, query = g + 8 * m, m - (tiles - shape.octets)
         total, fine, beta = (ops.shuffle(x, row) for x in of)
-        norm, norm_query = norm_of(inverse[m], g), norm_of(of_query[query], g)
+        norm = norm_of(inverse[m], g)
+        norm_query = norm_of(of_query[query], g) if query >= 0 else nothing
         for c in range(tiles if query >= 0 else m + 1):
             key_row, query_row = [], []
             for n in range(2):
