@@ -31,6 +31,8 @@ from gdn_portable import (
 )
 from gdn_portable.testing import Case, cases
 from tests.calls import leaves
+from tests.cases import random_parents
+from tests.cute_cases import replay_case
 from tests.long_prefills import assert_remembered, of_growing_states, of_unit_keys
 
 if not torch.cuda.is_available():
@@ -98,6 +100,26 @@ def test_the_bound_ops_pass_every_case(backend: str | None, spec: str, name: str
     case = _cases(spec)[name]
 
     case.check(_bound(case.spec, backend))
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("protocol", ["replay", "snapshot"])
+@pytest.mark.parametrize("shape", ["chain", "tree"])
+@pytest.mark.parametrize("P", [9, 16])
+def test_the_most_drafts_are_verified_by_the_shared_kernels(
+    P: int, shape: str, protocol: str, state_dtype: torch.dtype
+) -> None:
+    spec = replace(SPEC, conv_window=None, state_dtype=state_dtype)
+    case, B = replay_case(spec, 6, P=P, bias=True, gate=True), 6
+    given = case.arguments
+    if shape == "tree":
+        parents = random_parents(torch.Generator().manual_seed(P), B, P)
+        given["metadata"] = replace(given["metadata"], parents=parents.int())
+    if protocol == "snapshot":
+        given["drafts"] = SnapshotDrafts.allocate(spec, B, P, "cpu")
+        given["metadata"] = replace(given["metadata"], num_accepted=None)
+
+    case.check(_bound(spec, "triton"))
 
 
 @pytest.mark.parametrize("spec", SPECS)

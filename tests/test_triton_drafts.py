@@ -109,7 +109,7 @@ def test_the_fewest_and_the_most_drafts_are_replayed(
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("P", [4, 9])
+@pytest.mark.parametrize("P", [4, 9, 16])
 def test_replay_in_the_order_of_nvidia_s_tensor_cores(
     amd_gpu: Simulator, monkeypatch: pytest.MonkeyPatch, P: int, state_dtype: torch.dtype
 ) -> None:

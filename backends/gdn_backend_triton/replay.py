@@ -51,16 +51,22 @@ class Tile(NamedTuple):
     width: int  # neighbours in a row of the state that a thread loads, see _interleave
     warps: int
 
+    def fit(self, K: int, V: int) -> Tile:
+        """Return it with fewer rows where K is large, and no more of anything than there is."""
+        rows, chunk = self.rows * 128 // max(K, 128), min(self.chunk, K)
+        return Tile(min(max(rows, 16), V), chunk, min(self.width, chunk // 4), self.warps)
+
 
 class Tiles(NamedTuple):
     """Of one architecture."""
 
     prepare_warps: int
     by_itemsize: dict[int, tuple[tuple[float, Tile], ...]]
+    wide: tuple[tuple[float, Tile], ...]
 
 
 # by architecture; then by bytes of a state's element, the most sequences times value heads, and the
-# tile
+# tile; or, for more than 32 rows of X, by the most of them
 TILES: dict[str, Tiles] = {
     # H200, H16/HV32, K = V = 128, P = 4, 3 replayed, with the conv: 16.7 / 51.3 / 181 us at B = 8 /
     # 32 / 128 with a float32 state, 11.6 / 33.5 / 114 with bfloat16
@@ -70,6 +76,9 @@ TILES: dict[str, Tiles] = {
             4: ((256, Tile(32, 16, 4, 1)), (float("inf"), Tile(16, 16, 4, 1))),
             2: ((float("inf"), Tile(16, 32, 8, 1)),),
         },
+        # P = 16, B = 8 and 32: 56 and 183 us with a float32 state, 49 and 159 with bfloat16; by one
+        # warp, which spills, 68 and 231, 51 and 167
+        ((64, Tile(16, 32, 8, 4)), (float("inf"), Tile(16, 32, 8, 8))),
     ),
     "rocm": Tiles(
         2,
@@ -77,6 +86,7 @@ TILES: dict[str, Tiles] = {
             4: ((float("inf"), Tile(32, 64, 2, 2)),),
             2: ((float("inf"), Tile(32, 64, 2, 2)),),
         },
+        ((float("inf"), Tile(16, 64, 2, 2)),),
     ),
 }
 
@@ -278,8 +288,8 @@ def make_replay(spec: GdnSpec, device: Device, *, deterministic: bool) -> Callab
     """Return what launches the kernels."""
     H, HV, K, V = spec.num_k_heads, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
     W, PAD = spec.conv_width, spec.pad_slot
-    prepare_warps, by_itemsize = TILES.get(device.arch, TILES[device.kind])
-    tiles = by_itemsize[4 if spec.state_dtype is torch.float32 else 2]
+    prepare_warps, by_itemsize, wide = TILES.get(device.arch, TILES[device.kind])
+    narrow = by_itemsize[4 if spec.state_dtype is torch.float32 else 2]
     terms, update_terms = _terms(spec, device)
     precision = "tf32x3" if device.kind == "cuda" else "ieee"
     prepare_kernel = functools.cache(
@@ -295,7 +305,8 @@ def make_replay(spec: GdnSpec, device: Device, *, deterministic: bool) -> Callab
     def fit(P: int, room: int, heads: int) -> tuple[tuple[int, ...], Tile]:
         R = max(16, power_of_two(room + 2 * P))
         sizes = P, room, R, power_of_two(room + P)
-        return sizes, _tile(tiles, 1 << 30 if deterministic else heads, K, V, R)
+        tiles, size = (wide, R) if R > 32 else (narrow, 1 << 30 if deterministic else heads)
+        return sizes, next(tile for most, tile in tiles if size <= most).fit(K, V)
 
     def launch(
         q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
@@ -365,11 +376,3 @@ def _terms(spec: GdnSpec, device: Device) -> tuple[int, int]:
         return terms, max(terms, 2)
     change = -2 if has_exact_tf32 else 0
     return (1 if spec.dtype is spec.state_dtype is torch.float16 else change), change
-
-
-def _tile(tiles: tuple[tuple[float, Tile], ...], heads: int, K: int, V: int, R: int) -> Tile:
-    """Return the tile for a batch: fewer rows where K or R is large."""
-    rows, chunk, width, warps = next(tile for limit, tile in tiles if heads <= limit)
-    rows = rows * 128 // max(K, 128) // (2 if R > 32 else 1)
-    chunk = min(chunk, K)
-    return Tile(min(max(rows, 16), V), chunk, min(width, chunk // 4), warps)

@@ -28,7 +28,7 @@ from gdn_portable import (
 )
 from gdn_portable.testing import cases
 
-P = 4
+P, MOST_P = 4, 16
 BATCHES = (1, 8, 64, 512)  # a tile each, where tiles depend on the batch
 VERIFY_BATCHES = (8, 64)
 PACKED = ((2048,), (1024,) * 8)  # on this layer sequences of the first are cut, of the second not
@@ -137,6 +137,8 @@ class _Steps:
         for protocol in (DraftProtocol.REPLAY, DraftProtocol.SNAPSHOT):
             name = f"verify_step B8xP{P} {protocol.value} tree"
             yield name, partial(self.verify, 8, protocol, tree=True)
+        name = f"verify_step B8xP{MOST_P} replay"
+        yield name, partial(self.verify, 8, DraftProtocol.REPLAY, tree=False, P=MOST_P)
         yield "ops alone", self.alone
 
     def decode(self, batch: int) -> None:
@@ -149,7 +151,7 @@ class _Steps:
         self.ops.plan_prefill(metadata)
         self.ops.prefill_step(*self._projected(T), metadata=metadata, gate=self._gate(T))
 
-    def verify(self, batch: int, protocol: DraftProtocol, *, tree: bool) -> None:
+    def verify(self, batch: int, protocol: DraftProtocol, *, tree: bool, P: int = P) -> None:
         """Run a verify and its commit."""
         slots = _indices(batch)
         drafts: ReplayDrafts | SnapshotDrafts | None = None

@@ -13,11 +13,11 @@ from gdn_backend_cuda.cute_replay.kernel import compile_for
 from gdn_backend_cuda.cute_replay.plan import ANY, Kind, shapes_of
 from gdn_backend_cuda.cute_replay.shape import Shape
 
-from ci.resources.calls import MODELS, Call, P
+from ci.resources.calls import MODELS, MOST_P, Call, P
 from ci.resources.driver import Compiled
 
 KEY_HEADS = (32, 16, 8)  # beside 32 value heads
-DRAFTS = (P, 8, 16)
+DRAFTS = (P, 8, MOST_P)
 
 
 def cute_calls(arch: str, report: Callable[[Compiled], None]) -> Iterator[Call]:
