@@ -22,7 +22,13 @@ import triton.language as tl  # noqa: E402
 from ci.resources import compilers, table  # noqa: E402
 from ci.resources.calls import Call  # noqa: E402
 from ci.resources.driver import Compiled, compiling_for  # noqa: E402
-from ci.resources.measure import Needs, faults_of, needs_of, resident_warps  # noqa: E402
+from ci.resources.measure import (  # noqa: E402
+    Needs,
+    faults_of,
+    needs_of,
+    resident_warps,
+    unstored_halves,
+)
 from gdn_portable import Device, GdnSpec, PrefillMetadata, bind  # noqa: E402
 
 NEEDS = Needs(warps=4, registers=128, shared=4096, scratch=0, resident=16, matrix=8)
@@ -120,6 +126,14 @@ def test_a_kernel_that_needs_too_much_is_refused(changes: dict[str, int], words:
     kernel = _compiled("gfx942", 32, torch.bfloat16)
 
     assert faults_of(kernel, "gfx942", replace(NEEDS, **changes), "") == [words]
+
+
+def test_a_spilled_half_that_is_loaded_before_it_is_stored_is_found() -> None:
+    store, load = "STL.S16 [R1+0x8], R48 ;", "LDL.LU.S16 R12, [R1+0x8] ;"
+    predicates = "LDL.LU R179, [R1+0x34] ; STL [R1+0x34], R179 ;"  # bits of nothing, masked away
+
+    assert unstored_halves(f"{predicates} {store} {load}") == ()
+    assert unstored_halves(f"{predicates} {load} {store}") == ("R1+0x8",)
 
 
 def test_what_a_compiler_says_is_a_fault_whether_it_goes_on_or_not(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import triton
 
 from ci.resources.driver import Compiled
 
+# of a register, to or from memory of the thread
+SPILL = re.compile(r"\b(STL|LDL)((?:\.\w+)*)\s[^;]*?\[(R1(?:\+0x[0-9a-f]+)?)\]")
 MATRIX_INSTRUCTIONS = re.compile(r"\b(?:v_mfma_|wgmma\.mma_async|mma\.sync|tcgen05\.mma)")
 
 
@@ -110,7 +112,10 @@ def faults_of(kernel: Compiled, arch: str, needs: Needs, said: str) -> list[str]
     source = kernel.files["ttir"].read_text() if "ttir" in kernel.files else ""
     code = kernel.files["amdgcn" if arch.startswith("gfx") else "ptx"].read_text()
     spills = re.findall(r"^\s+\.vgpr_spill_count:\s+([1-9]\d*)$", code, re.MULTILINE)
+    halves = () if arch != "sm90" or needs.scratch == 0 else unstored_halves(_sass(kernel))
     checks = {
+        # ptxas 12.8, which Triton 3.6 and 3.7 have for Hopper, does so where it spills 16 bits
+        f"spilled halves are loaded before they are stored: {', '.join(halves)}": halves,
         f"the compiler says: {said}": said,
         f"{needs.scratch} bytes of scratch memory, needs at most {gpu.most_scratch}": (
             needs.scratch > gpu.most_scratch
@@ -130,13 +135,32 @@ def faults_of(kernel: Compiled, arch: str, needs: Needs, said: str) -> list[str]
     return [fault for fault, is_so in checks.items() if is_so]
 
 
+def unstored_halves(sass: str) -> tuple[str, ...]:
+    """Return where a thread loads 16 bits from its memory before it stored something there."""
+    stored, found = set(), []
+    for instruction, kind, place in SPILL.findall(sass):
+        if instruction == "STL":
+            stored.add(place)
+        elif "16" in kind and place not in stored:
+            found.append(place)
+    return tuple(found)
+
+
 @cache
 def _cuobjdump() -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 
 
 def _usage(binary: Path) -> str:
-    command = [_cuobjdump(), "-res-usage", str(binary)]
+    return _dump(binary, "-res-usage")
+
+
+def _sass(kernel: Compiled) -> str:
+    return _dump(kernel.files["cubin"], "-sass")
+
+
+def _dump(binary: Path, what: str) -> str:
+    command = [_cuobjdump(), what, str(binary)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
