@@ -347,13 +347,25 @@ def test_how_many_warps_take_an_item_goes_by_its_states_and_the_batch(
 
 
 @pytest.mark.parametrize(
-    ("ratio", "drafts", "least"),
-    [(1, 4, 1), (2, 2, 1), (2, 1, 64), (3, 4, 64), (4, 4, 64)],
+    ("ratio", "drafts", "dtypes", "least"),
+    [
+        (1, 1, (torch.bfloat16, torch.float32), 32),
+        (2, 2, (torch.float16, torch.bfloat16), 32),
+        (2, 3, (torch.bfloat16, torch.float16), 16),
+        (2, 4, (torch.float16, torch.float16), 32),
+        (2, 5, (torch.bfloat16, torch.bfloat16), 1),
+        (3, 4, (torch.bfloat16, torch.float32), 64),
+        (4, 8, (torch.bfloat16, torch.bfloat16), 32),
+        (4, 1, (torch.float16, torch.float16), 64),
+    ],
+    ids=str,
 )
-def test_few_items_with_many_heads_or_a_draft_each_are_left_to_triton(
-    ratio: int, drafts: int, least: int
+def test_few_items_with_few_drafts_or_many_heads_are_left_to_triton(
+    ratio: int, drafts: int, dtypes: tuple[torch.dtype, torch.dtype], least: int
 ) -> None:
-    spec = replace(SPEC, num_v_heads=ratio * SPEC.num_k_heads)
+    dtype, state_dtype = dtypes
+    heads = ratio * SPEC.num_k_heads
+    spec = replace(SPEC, num_v_heads=heads, dtype=dtype, state_dtype=state_dtype)
 
     assert least_items(spec, drafts) == least
 
@@ -376,6 +388,7 @@ def test_the_norm_and_the_gate_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     double, normed = Double(monkeypatch), []
     launcher = double.launcher
     monkeypatch.setattr(launcher, "start_of", lambda *_: lambda numbers: None)
+    monkeypatch.setattr(launcher, "least_items", lambda *_: 1)
 
     def norm(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, **more: Any) -> str:
         normed.append((x, gate.shape, weight, more))

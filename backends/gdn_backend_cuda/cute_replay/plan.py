@@ -103,10 +103,18 @@ def least_items(spec: GdnSpec, drafts: int) -> int:
     """Return from how many items on it is faster than the Triton kernels.
 
     A block has all value heads of its item, so that few items with many heads leave SMs idle. H200,
-    us, float32 states, Triton and this: H16/HV32, P = 4, B = 1, 9.4 and 8.8; P = 1, B = 1, 7.8 and
-    8.9, B = 8, 15.0 and 13.8; H2/HV8, P = 4, B = 8, 10.0 and 13.5, B = 32, 17.2 and 15.6.
+    us, Triton and this, float32 states unless said. H16/HV32, B = 1: P = 1, 8.2 and 8.3; P = 2, 8.5
+    and 8.6; P = 3, 9.1 and 8.8; P = 8, 13.0 and 9.7; B = 2: P = 1, 9.0 and 8.8; float16 throughout,
+    P = 4: B = 1, 7.8 and 8.0, B = 2, 9.5 and 8.8; P = 1: B = 2, 7.4 and 8.1, B = 4, 8.8 and 8.7.
+    H8/HV16, B = 1: P = 2, 7.6 and 8.2; P = 4, 8.4 and 8.4. H2/HV8, P = 4: B = 16, 13.4 and 14.0,
+    with bfloat16 states 10.6 and 9.9; B = 32, 17.2 and 15.6.
     """
-    return 64 if spec.num_v_heads > 2 * spec.num_k_heads or drafts == 1 else 1
+    least = 32 if drafts <= 2 else 16 if drafts <= 4 else 1
+    if spec.dtype is spec.state_dtype is torch.float16:
+        least *= 2
+    if spec.num_v_heads > 2 * spec.num_k_heads:
+        least = max(least, 64 if spec.state_dtype is torch.float32 else 32)
+    return least
 
 
 def tensors_of(
