@@ -255,8 +255,12 @@ class _Inputs:
         """Return what every step takes; slots that are not named hold NaN."""
         spec = self.spec
         D, HV, V = spec.conv_dim, spec.num_v_heads, spec.head_v_dim
-        packed = self.normal(tokens, D + HV * V + 2 * HV).to(spec.dtype)
-        mixed, z, b, a = packed.split([D, HV * V, HV, HV], dim=-1)
+        parts = [D, HV * V, HV, HV]
+        # without a gate rows start at multiples of 16 numbers, as in models: kernels for such rows
+        # load vectors
+        gap = 0 if gate else -sum(parts) % 16
+        packed = self.normal(tokens, sum(parts) + gap).to(spec.dtype)
+        mixed, z, b, a, _ = packed.split([*parts, gap], dim=-1)
         pool = StatePool.allocate(spec, self.num_slots, "cpu", paged=True)
         assert pool.conv_state is not None and pool.state is not None
         for tensor in (pool.conv_state, pool.state):
