@@ -84,7 +84,7 @@ def needs_of(kernel: Compiled, arch: str) -> Needs:
         )
     else:
         code = kernel.files["ptx"].read_text()
-        usage = _usage(kernel.files["cubin"])
+        usage = _dump(kernel, "-res-usage")
         registers = int(_found(r"\bREG:(\d+)", usage))
         scratch = int(_found(r"\bSTACK:(\d+)", usage)) + int(_found(r"\bLOCAL:(\d+)", usage))
     return Needs(
@@ -112,7 +112,8 @@ def faults_of(kernel: Compiled, arch: str, needs: Needs, said: str) -> list[str]
     source = kernel.files["ttir"].read_text() if "ttir" in kernel.files else ""
     code = kernel.files["amdgcn" if arch.startswith("gfx") else "ptx"].read_text()
     spills = re.findall(r"^\s+\.vgpr_spill_count:\s+([1-9]\d*)$", code, re.MULTILINE)
-    halves = () if arch != "sm90" or needs.scratch == 0 else unstored_halves(_sass(kernel))
+    spills_on_hopper = arch == "sm90" and needs.scratch > 0
+    halves = unstored_halves(_dump(kernel, "-sass")) if spills_on_hopper else ()
     checks = {
         # ptxas 12.8, which Triton 3.6 and 3.7 have for Hopper, does so where it spills 16 bits
         f"spilled halves are loaded before they are stored: {', '.join(halves)}": halves,
@@ -151,16 +152,8 @@ def _cuobjdump() -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 
 
-def _usage(binary: Path) -> str:
-    return _dump(binary, "-res-usage")
-
-
-def _sass(kernel: Compiled) -> str:
-    return _dump(kernel.files["cubin"], "-sass")
-
-
-def _dump(binary: Path, what: str) -> str:
-    command = [_cuobjdump(), what, str(binary)]
+def _dump(kernel: Compiled, what: str) -> str:
+    command = [_cuobjdump(), what, str(kernel.files["cubin"])]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
