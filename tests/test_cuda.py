@@ -102,14 +102,14 @@ def test_the_bound_ops_pass_every_case(backend: str | None, spec: str, name: str
     case.check(_bound(case.spec, backend))
 
 
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("protocol", ["replay", "snapshot"])
 @pytest.mark.parametrize("shape", ["chain", "tree"])
 @pytest.mark.parametrize("P", [9, 16])
 def test_the_most_drafts_are_verified_by_the_shared_kernels(
-    P: int, shape: str, protocol: str, state_dtype: torch.dtype
+    P: int, shape: str, protocol: str, name: str
 ) -> None:
-    spec = replace(SPEC, conv_window=None, state_dtype=state_dtype)
+    spec = replace(SPECS[name], conv_window=None)
     case, B = replay_case(spec, 6, P=P, bias=True, gate=True), 6
     given = case.arguments
     if shape == "tree":

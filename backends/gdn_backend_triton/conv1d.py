@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import is_cuda
 
 from gdn_backend_triton.launch import (
     STEP_SIZES,
@@ -40,35 +41,41 @@ from gdn_portable.spec import Device, GdnSpec
 
 
 class Tile(NamedTuple):
-    """What a program of a packed batch owns."""
+    """What a program of a packed batch owns, of as many channels as it is told."""
 
-    channels: int  # of conv1d_prefill; a front end's are those of a key head
     elements: int  # channels times tokens
     run: int  # consecutive tokens of a thread, each loaded 1 + (W - 1) / run times
     warps: int
-    most_registers: int | None  # None where the compiler decides
 
     def runs(self, channels: int) -> int:
         """Return how many runs of that many channels a program owns."""
         return max(self.elements // (channels * self.run), 1)
 
-    def options(self, channels: int, *, keeps_checkpoints: bool) -> Mapping[str, int]:
-        """Return those of the launch.
 
-        Registers are not capped where that makes them spill: of 256 channels with checkpoints, what
-        Triton 3.6 then compiled for Hopper gave NaN.
-        """
-        if self.most_registers is None or keeps_checkpoints or channels > 128:
-            return {"num_warps": self.warps}
-        return {"num_warps": self.warps, "maxnreg": self.most_registers}
-
-
-PREFILL_TILES = {
-    # H200, D = 8192: a front end of T = 2048 and 16384 takes 23.0 and 145 us; with half as many
-    # elements 22.6 to 26.6 and 146 to 177, with eight warps 26.1 and 167
-    "cuda": Tile(128, 8192, 8, 4, 128),
-    "rocm": Tile(128, 8192, 8, 4, None),
+CHANNELS = 128  # of a program of conv1d_prefill
+CONV_TILES = {
+    # H200, D = 8192: T = 512, 2048 and 16384 take 7.2, 19.9 and 135 us, with the front end's tile
+    # 8.0, 23.0 and 157
+    "cuda": Tile(2048, 8, 2),
+    "rocm": Tile(8192, 8, 4),
 }
+FRONT_END_TILES = {
+    # H200, D = 8192: T = 2048 and 16384 take 21.7 and 143 us; with half as many elements 22.5 and
+    # 147, with runs of 16 tokens 23.5 and 153
+    "cuda": Tile(8192, 8, 4),
+    "rocm": Tile(8192, 8, 4),
+}
+
+
+def _front_end_options(device: Device, K: int, warps: int, *, keeps: bool) -> Mapping[str, int]:
+    """Return those of the launch: 128 registers on NVIDIA, so that four blocks share an SM.
+
+    Registers are not capped where that makes them spill: of 256 channels with checkpoints, what
+    Triton 3.6 then compiled for Hopper gave NaN.
+    """
+    if device.kind == "rocm" or keeps or K > 128:
+        return {"num_warps": warps}
+    return {"num_warps": warps, "maxnreg": 128}
 
 
 class UpdateTile(NamedTuple):
@@ -225,9 +232,10 @@ def _conv1d_prefill(
     within = block * C + channel < D
     x += block.to(tl.int64) * C * x_d
     out += first.to(tl.int64) * out_t + block.to(tl.int64) * C * out_d
+    # ptxas 12.8 gets halves of registers wrong where it spills them, so windows are none on NVIDIA
     rows = _load_rows(
         x + first.to(tl.int64) * x_t, x_t, x_d, first - start, end - first, within, row, channel,
-        W, RUN, x.dtype == conv_state.dtype,
+        W, RUN, not is_cuda() and x.dtype == conv_state.dtype,
     )  # fmt: skip
     d = block * C + tl.arange(0, C)
     mask = d < D
@@ -252,21 +260,14 @@ def _conv1d_prefill(
     )  # fmt: skip
 
 
-def _tile_of(device: Device) -> Tile:
-    return PREFILL_TILES.get(device.arch, PREFILL_TILES[device.kind])
-
-
 def make_conv1d_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -> Conv1dPrefill:
     """Return the op: a program owns a block of tokens of one sequence by a block of channels."""
     D, W, PAD, SILU = spec.conv_dim, spec.conv_width, spec.pad_slot, spec.activation == "silu"
-    tile = _tile_of(device)
-    C, RUN = tile.channels, tile.run
+    tile = CONV_TILES.get(device.arch, CONV_TILES[device.kind])
+    C, RUN = CHANNELS, tile.run
     RUNS = tile.runs(C)
     blocks = ceil_div(D, C)
-    kernel, keeping = (
-        Launch(_conv1d_prefill, device, **tile.options(C, keeps_checkpoints=keeps))
-        for keeps in (False, True)
-    )
+    launch = Launch(_conv1d_prefill, device, num_warps=tile.warps)
 
     def conv1d_prefill(
         x: Tensor,
@@ -284,7 +285,6 @@ def make_conv1d_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -
         cu_seqlens, slots = metadata.cu_seqlens, metadata.state_indices
         fresh, targets = metadata.has_initial_state, metadata.out_state_indices
         offsets, indices = metadata.checkpoint_offsets, metadata.checkpoint_indices
-        launch = kernel if offsets is None else keeping
         launch(
             num_programs(T, N, RUNS * RUN) * blocks,
             (x, weight, bias, conv_state, out, cu_seqlens, slots, targets, fresh, offsets, indices),
@@ -465,11 +465,11 @@ def make_front_end(spec: GdnSpec, device: Device, *, finished: bool = False) -> 
     """
     H, HV, K, V = spec.num_k_heads, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
     W, PAD, SILU = spec.conv_width, spec.pad_slot, spec.activation == "silu"
-    tile = _tile_of(device)
+    tile = FRONT_END_TILES.get(device.arch, FRONT_END_TILES[device.kind])
     RUNS, RUN, HEADS = tile.runs(K), tile.run, power_of_two(HV)
     blocks = ceil_div(spec.conv_dim, K) + 1
     kernel, keeping = (
-        Launch(_front_end, device, **tile.options(K, keeps_checkpoints=keeps))
+        Launch(_front_end, device, **_front_end_options(device, K, tile.warps, keeps=keeps))
         for keeps in (False, True)
     )
     constants = (
