@@ -77,6 +77,14 @@ WIDE_TILES = {
     "sm100": Tile(BV=64, warps=8, stages=1, programs=148),
     "sm103": Tile(BV=64, warps=8, stages=1, programs=148),
 }
+# of float32 rows of K = 128 and more, V first: no product has the 64 rows that a warp group takes.
+# 4x2048 tokens of H16/HV32 take an H200 2.1 ms, as [128, 32] by two warps, which spills, 29
+FLOAT32_TILES = {
+    "sm90": Tile(BV=16, warps=8, stages=1, programs=132),
+    "sm100": Tile(BV=16, warps=8, stages=1, programs=148),
+    "sm103": Tile(BV=16, warps=8, stages=1, programs=148),
+    "sm120": Tile(BV=16, warps=8, stages=1, programs=170),
+}
 # of 16-bit heads up to K = 128, with Triton 3.7 and 3.8: two programs would spill 3 to 26 registers
 ONE_PROGRAM_TILES: dict[str, Tile] = {}
 if not is_before(triton.__version__, (3, 7)) and is_before(triton.__version__, (3, 9)):
@@ -524,6 +532,10 @@ def _is_short(metadata: PrefillMetadata, tokens: int, segment: int) -> bool:
 def _pick_tile(spec: GdnSpec, device: Device) -> tuple[Tile, bool]:
     """Return the tile, its BV and warps cut to the heads, and whether the state is held V first."""
     K, V = spec.head_k_dim, spec.head_v_dim
+    if spec.dtype.itemsize == 4 and K >= 128:
+        tile = FLOAT32_TILES.get(device.arch)
+        if tile:
+            return tile, True
     if spec.dtype.itemsize == 2 and min(K, V) >= 64:
         tile = V_FIRST_TILES.get(device.arch)
         if tile and K <= 128:
@@ -572,6 +584,11 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
     LOW = spec.dtype is not torch.float32
     tile, V_FIRST = _pick_tile(spec, device)
     BV, BK = tile.BV, min(tile.BV, K)
+    # of q and k in attend
+    COLUMNS = PART = min(K, 128)
+    if device.kind == "cuda" and not LOW:
+        # more would spill
+        COLUMNS, PART = K, min(K, 32)
     alone = {"num_stages": 1, **tile.options}
     launch_attend = Launch(attend, device, **alone, num_warps=min(tile.warps, 4))
     launch_invert = Launch(invert, device, **alone, num_warps=1)
@@ -641,8 +658,8 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
             (q, k, g, beta, attention, keys, factors, decay_low, k_factor, bounds, cu_seqlens,
              slots),
             (N, T),
-            (q_scale, *g.stride(), *beta_s, cu_s, slots_s, *q_s, *k_s, H, HV, K, min(K, 128),
-             L2NORM, PAD, PRECISION),
+            (q_scale, *g.stride(), *beta_s, cu_s, slots_s, *q_s, *k_s, H, HV, K,
+             COLUMNS, PART, L2NORM, PAD, PRECISION),
         )  # fmt: skip
         launch_invert(
             places * HV,

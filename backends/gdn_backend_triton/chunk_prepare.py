@@ -179,8 +179,8 @@ def attend(
     N, T, scale, g_t, g_h, beta_t, beta_h, cu_s, state_indices_s,
     q_t: tl.constexpr, q_h: tl.constexpr, q_k: tl.constexpr,
     k_t: tl.constexpr, k_h: tl.constexpr, k_k: tl.constexpr,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, L2NORM: tl.constexpr,
-    PAD: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr,
+    L2NORM: tl.constexpr, PAD: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Fill attention [., HV, 64, 64], keys [., H, 64, 64] and factors [., HV, 4, 64] of chunks.
 
@@ -209,16 +209,18 @@ def attend(
     alike = tl.zeros([CHUNK, CHUNK], tl.float32)
     own = tl.zeros([CHUNK, CHUNK], tl.float32)
     for start_k in tl.static_range(0, K, BK):
-        o_k = (start_k + tl.arange(0, BK))[None, :]
-        at = q + base * q_t + k_head * q_h + r[:, None] * q_t + o_k * q_k
-        qt = tl.load(at, mask=inside[:, None], other=0.0)
-        at = k + base * k_t + k_head * k_h + r[:, None] * k_t + o_k * k_k
-        kt = tl.load(at, mask=inside[:, None], other=0.0)
-        seen = tl.dot(qt, tl.trans(kt), seen, input_precision=PRECISION)
-        alike = tl.dot(kt, tl.trans(kt), alike, input_precision=PRECISION)
-        if L2NORM:
-            # for its diagonal: sums along the rows of q take longer
-            own = tl.dot(qt, tl.trans(qt), own, input_precision=PRECISION)
+        # unrolled, a product of all BK would ask for all of them at once
+        for part_k in tl.range(start_k, start_k + BK, PART, num_stages=1):
+            o_k = (part_k + tl.arange(0, PART))[None, :]
+            at = q + base * q_t + k_head * q_h + r[:, None] * q_t + o_k * q_k
+            qt = tl.load(at, mask=inside[:, None], other=0.0)
+            at = k + base * k_t + k_head * k_h + r[:, None] * k_t + o_k * k_k
+            kt = tl.load(at, mask=inside[:, None], other=0.0)
+            seen = tl.dot(qt, tl.trans(kt), seen, input_precision=PRECISION)
+            alike = tl.dot(kt, tl.trans(kt), alike, input_precision=PRECISION)
+            if L2NORM:
+                # for its diagonal: sums along the rows of q take longer
+                own = tl.dot(qt, tl.trans(qt), own, input_precision=PRECISION)
     n_q = tl.full([CHUNK], 1.0, tl.float32) * scale
     n_k = tl.full([CHUNK], 1.0, tl.float32)
     diagonal = r[:, None] == r[None, :]
