@@ -86,6 +86,7 @@ SPECS = {
         "K = V = 128, null block": replace(
             SMALL, num_v_heads=1, head_k_dim=128, head_v_dim=128, scale=0.3, pad_slot=0
         ),
+        "K = 256": replace(SMALL, num_v_heads=1, head_k_dim=256, head_v_dim=16),
     },
 }
 NAMES = [case.name for case in cases(SMALLEST)]
