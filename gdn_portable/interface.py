@@ -33,13 +33,20 @@ layouts VK and DIM_FIRST; under KV and LEN_FIRST the last two axes are swapped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from gdn_portable.metadata import Drafts, GdnParams, PrefillMetadata, VerifyMetadata
+from gdn_portable.metadata import (
+    DraftProtocol,
+    Drafts,
+    GdnParams,
+    PrefillMetadata,
+    VerifyMetadata,
+)
 from gdn_portable.spec import Device, GdnSpec, Op
 from gdn_portable.state import StatePool
 
@@ -495,19 +502,27 @@ class Warmup(Protocol):
         batch_sizes: Sequence[int] = (1,),
         prefill_tokens: Sequence[int] = (64,),
         max_drafts: int = 4,
+        protocols: Collection[DraftProtocol] | None = None,
+        index_dtypes: Collection[torch.dtype] = (torch.int32, torch.int64),
         progress: Callable[[str], None] | None = None,
     ) -> None:
         """Run every op once per size on private memory; after it they are safe to capture.
 
-        Covered are index tensors of int32 and of int64, prefills of those sizes and of at most 64
-        tokens, every protocol and its commit, and optional arguments, given and not, other than
-        ``checkpoint_state``; not activations in unusual layouts or dtypes.
+        Covered are prefills of those sizes and of at most 64 tokens, protocols with their commits,
+        and optional arguments, given and not, other than ``checkpoint_state``; not activations in
+        unusual layouts or dtypes. Each index dtype and protocol left out is time saved.
 
         Args:
             batch_sizes: sequences of a decode or verify batch.
             prefill_tokens: packed tokens of a prefill.
             max_drafts: P of a verify, the root included; 0 for engines that never verify.
+            protocols: of a verify, None for all; a slot table is left out where windows have no
+                room for it.
+            index_dtypes: of slots, ``cu_seqlens`` and the like.
             progress: told what is about to run.
+
+        Raises:
+            InputError: an index dtype is neither int32 nor int64.
         """
         ...
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn_portable.errors import UnsupportedCallError
+from gdn_portable.errors import InputError, UnsupportedCallError
 from gdn_portable.metadata import (
+    DraftProtocol,
     Drafts,
     GdnParams,
     Plans,
@@ -28,7 +29,7 @@ from gdn_portable.steps import split_qkv
 
 SHORT = 64  # tokens of a prefill that no kernel cuts into segments
 HEADS = 128  # of value, of all sequences of a batch, that fill any device
-INDEX_DTYPES = {"int32": torch.int32, "int64": torch.int64}
+INDEX_DTYPES = {torch.int32: "int32", torch.int64: "int64"}
 
 
 def warmup(
@@ -39,23 +40,29 @@ def warmup(
     batch_sizes: Sequence[int] = (1,),
     prefill_tokens: Sequence[int] = (64,),
     max_drafts: int = 4,
+    protocols: Collection[DraftProtocol] | None = None,
+    index_dtypes: Collection[torch.dtype] = tuple(INDEX_DTYPES),
     progress: Callable[[str], None] | None = None,
 ) -> None:
     """Run the ops and the steps for every size, with every argument that may be given or not."""
+    for dtype in index_dtypes:
+        if dtype not in INDEX_DTYPES:
+            raise InputError(f"index_dtypes has {dtype}, needs torch.int32 or torch.int64")
+    protocols = tuple(DraftProtocol) if protocols is None else protocols
     say = progress or (lambda _: None)
     target = torch_device(device)
     with torch.device(target), torch.no_grad():
-        for name, dtype in INDEX_DTYPES.items():
-            calls = _Calls(spec, launchers, target, dtype)
+        for dtype in index_dtypes:
+            name, calls = INDEX_DTYPES[dtype], _Calls(spec, launchers, target, dtype)
             for tokens in filter(None, prefill_tokens):
                 say(f"prefill of {tokens} tokens, {name} indices")
                 calls.prefill(tokens)
             for batch in filter(None, batch_sizes):
                 say(f"decode of {batch} sequences, {name} indices")
                 calls.decode(batch)
-                if max_drafts:
+                if max_drafts and protocols:
                     say(f"verify of {batch} sequences with {max_drafts} drafts, {name} indices")
-                    calls.verify(batch, max_drafts)
+                    calls.verify(batch, max_drafts, protocols)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +107,17 @@ class _Calls:
         others = slots + batch
         self._run(decode, batch, pool, state_indices=slots, out_state_indices=others)
 
-    def verify(self, batch: int, max_drafts: int) -> None:
+    def verify(self, batch: int, max_drafts: int, protocols: Collection[DraftProtocol]) -> None:
         """Verify and commit under every protocol that the spec has room for."""
         slots = self._slots(batch)
-        replay = ReplayDrafts.allocate(self.spec, self._slot(batch), max_drafts, self.device)
-        self._verify(VerifyMetadata(slots, max_drafts), replay)
-        snapshots = SnapshotDrafts.allocate(self.spec, batch, max_drafts, self.device)
-        self._verify(VerifyMetadata(slots, max_drafts), snapshots)
-        if self.spec.conv_state_len >= self.spec.conv_width - 2 + max_drafts:
+        if DraftProtocol.REPLAY in protocols:
+            replay = ReplayDrafts.allocate(self.spec, self._slot(batch), max_drafts, self.device)
+            self._verify(VerifyMetadata(slots, max_drafts), replay)
+        if DraftProtocol.SNAPSHOT in protocols:
+            snapshots = SnapshotDrafts.allocate(self.spec, batch, max_drafts, self.device)
+            self._verify(VerifyMetadata(slots, max_drafts), snapshots)
+        has_room = self.spec.conv_state_len >= self.spec.conv_width - 2 + max_drafts
+        if DraftProtocol.SLOT_TABLE in protocols and has_room:
             table = self._slots(batch * max_drafts).view(batch, max_drafts)
             self._verify(VerifyMetadata(table, max_drafts), None)
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 import pytest
@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from ci.amdgcn import Simulator, bind_simulated, driver, simulated  # noqa: E402
 from gdn_portable import (  # noqa: E402
+    DraftProtocol,
     GdnOps,
     GdnParams,
     GdnSpec,
@@ -233,30 +234,38 @@ def test_a_prefill_is_compiled_twice_with_sequences_cut_and_whole(ops: GdnOps) -
 
 @pytest.mark.parametrize("dt_bias", [torch.float32, SPEC.dtype], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "step",
+    ("step", "protocols"),
     [
-        _prefill,
-        _decode,
-        _replay,
-        _replay_of_a_tree,
-        _snapshots,
-        _snapshots_of_a_tree,
-        _slot_table,
+        (_prefill, ()),
+        (_decode, ()),
+        (_replay, [DraftProtocol.REPLAY]),
+        (_replay_of_a_tree, [DraftProtocol.REPLAY]),
+        (_snapshots, [DraftProtocol.SNAPSHOT]),
+        (_snapshots_of_a_tree, [DraftProtocol.SNAPSHOT]),
+        (_slot_table, [DraftProtocol.SLOT_TABLE]),
+        (_slot_table, None),
     ],
-    ids=lambda step: step.__name__[1:],
 )
 def test_nothing_is_compiled_after_warmup(
     monkeypatch: pytest.MonkeyPatch,
     ops: GdnOps,
     step: Callable[[GdnOps, int, StatePool], None],
+    protocols: Collection[DraftProtocol] | None,
     dt_bias: torch.dtype,
 ) -> None:
-    monkeypatch.setattr("gdn_portable.warmup.INDEX_DTYPES", {"int32": torch.int32})
     params = replace(PARAMS, dt_bias=PARAMS.dt_bias.to(dt_bias))
     monkeypatch.setitem(globals(), "PARAMS", params)
     pool = StatePool.allocate(SPEC, SLOTS, "cpu")
     launchers = {op: getattr(ops, op.value) for op in Op}
-    warmup(SPEC, ops.device, launchers, prefill_tokens=(300,), max_drafts=P)
+    warmup(
+        SPEC,
+        ops.device,
+        launchers,
+        prefill_tokens=(300,),
+        max_drafts=P,
+        protocols=protocols,
+        index_dtypes=[torch.int32],
+    )
     compiled = _variants()
 
     for size in SIZES:

@@ -12,15 +12,19 @@ import torch
 from gdn_portable import (
     ConvLayout,
     Device,
+    DraftProtocol,
     GdnParams,
     GdnSpec,
+    InputError,
     Op,
     PrefillMetadata,
     StateLayout,
     StatePool,
+    VerifyMetadata,
     select,
 )
 from gdn_portable.cli.demo import warm_up
+from gdn_portable.metadata import Drafts, draft_protocol
 from gdn_portable.reference import BACKEND as REFERENCE
 from tests.fakes import SPEC, backend_of, install, kernel_of, recorded_kernel
 
@@ -94,6 +98,36 @@ def test_warmup_without_drafts_skips_verify() -> None:
     bind(SPEC, "cpu").warmup(max_drafts=0, progress=said.append)
 
     assert not [batch for batch in said if batch.startswith("verify")]
+
+
+@pytest.mark.parametrize("protocol", DraftProtocol)
+def test_warmup_of_one_protocol_and_index_dtype_runs_no_other(
+    monkeypatch: pytest.MonkeyPatch, protocol: DraftProtocol
+) -> None:
+    seen: set[tuple[DraftProtocol, torch.dtype]] = set()
+
+    def verify(*_: object, metadata: VerifyMetadata, drafts: Drafts | None, **__: object) -> None:
+        seen.add((draft_protocol(metadata, drafts), metadata.state_indices.dtype))
+
+    name = install(monkeypatch, backend_of(kernel_of(Op.VERIFY_STEP, "seen.verify", verify)))
+    ops = bind(replace(SPEC, conv_window=6), "cpu", backend=name)
+
+    ops.warmup(prefill_tokens=(), protocols=(protocol,), index_dtypes=(torch.int64,))
+
+    assert seen == {(protocol, torch.int64)}
+
+
+def test_warmup_of_no_protocol_skips_verify() -> None:
+    said: list[str] = []
+
+    bind(SPEC, "cpu").warmup(protocols=(), index_dtypes=(torch.int32,), progress=said.append)
+
+    assert said == ["prefill of 64 tokens, int32 indices", "decode of 1 sequences, int32 indices"]
+
+
+def test_warmup_refuses_an_index_dtype_that_no_op_takes() -> None:
+    with pytest.raises(InputError, match=r"index_dtypes has torch\.int16, needs torch\.int32 or"):
+        bind(SPEC, "cpu").warmup(index_dtypes=(torch.int32, torch.int16))
 
 
 def test_warmup_of_no_size_runs_nothing() -> None:
@@ -180,14 +214,20 @@ def test_an_error_of_a_kernel_reaches_the_caller_of_warmup(
         bind(SPEC, "cpu", backend=name).warmup(prefill_tokens=(2,), max_drafts=2)
 
 
-def test_the_demo_warms_a_gpu_up_for_its_own_sizes_and_a_cpu_not_at_all() -> None:
+def test_the_demo_warms_a_gpu_up_for_its_own_calls_and_a_cpu_not_at_all() -> None:
     calls: list[dict[str, object]] = []
     on_a_cpu = replace(bind(SPEC, "cpu"), warmup=lambda **sizes: calls.append(sizes))
     on_a_gpu = replace(on_a_cpu, device=Device("cuda", "sm90"))
 
     for ops in (on_a_cpu, on_a_gpu):
-        warm_up(ops, batch=4, tokens=99, max_drafts=0)
+        warm_up(ops, batch=4, tokens=99, max_drafts=3, protocols=(DraftProtocol.REPLAY,))
 
     (sizes,) = calls
     assert callable(sizes.pop("progress"))
-    assert sizes == {"batch_sizes": (4,), "prefill_tokens": (99,), "max_drafts": 0}
+    assert sizes == {
+        "batch_sizes": (4,),
+        "prefill_tokens": (99,),
+        "max_drafts": 3,
+        "protocols": (DraftProtocol.REPLAY,),
+        "index_dtypes": (torch.int64,),
+    }

@@ -29,6 +29,7 @@ from rich.text import Text
 
 from gdn_portable.cli.options import Dtype, present_device
 from gdn_portable.demo.generate import (
+    INDEX_DTYPE,
     Generated,
     Generator,
     Sampling,
@@ -94,7 +95,8 @@ def demo(
         ops,
         batch=max_batch,
         tokens=sum(map(len, prompts)),
-        max_drafts=0 if mode is Mode.PLAIN else max_drafts,
+        max_drafts=max_drafts,
+        protocols=() if mode is Mode.PLAIN else (protocol,),
     )
     sampling, generators = Sampling(temperature, seed), dict[str, Generator]()
     if mode is not Mode.SPECULATIVE:
@@ -124,7 +126,9 @@ def demo(
         raise typer.Exit(1)
 
 
-def warm_up(ops: GdnOps, *, batch: int, tokens: int, max_drafts: int) -> None:
+def warm_up(
+    ops: GdnOps, *, batch: int, tokens: int, max_drafts: int, protocols: tuple[DraftProtocol, ...]
+) -> None:
     """Compile before anything is timed, and show what; on a CPU nothing is compiled."""
     if ops.device.kind == "cpu":
         return
@@ -135,6 +139,8 @@ def warm_up(ops: GdnOps, *, batch: int, tokens: int, max_drafts: int) -> None:
             batch_sizes=(batch,),
             prefill_tokens=(tokens,),
             max_drafts=max_drafts,
+            protocols=protocols,
+            index_dtypes=(INDEX_DTYPE,),
             progress=lambda what: progress.update(task, description=f"warmup: {what}"),
         )
 

@@ -31,6 +31,7 @@ from gdn_portable.metadata import (
 from gdn_portable.spec import torch_device
 
 PADDING = -1
+INDEX_DTYPE = torch.int64
 
 OnBytes = Callable[[int, bytes], None]
 
@@ -334,7 +335,7 @@ class _Batch:
         return running
 
     def _tensor(self, values: Sequence[object]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return torch.tensor(values, dtype=INDEX_DTYPE, device=self.device)
 
 
 def check_request(prompts: Sequence[bytes], new_bytes: int) -> None:
