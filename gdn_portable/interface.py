@@ -522,7 +522,7 @@ class Warmup(Protocol):
             progress: told what is about to run.
 
         Raises:
-            InputError: an index dtype is neither int32 nor int64.
+            InputError: an index dtype is neither int32 nor int64, or a protocol is none.
         """
         ...
 

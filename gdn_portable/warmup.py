@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdn_portable.checks.tensors import INTEGERS
 from gdn_portable.errors import InputError, UnsupportedCallError
 from gdn_portable.metadata import (
     DraftProtocol,
@@ -29,7 +30,6 @@ from gdn_portable.steps import split_qkv
 
 SHORT = 64  # tokens of a prefill that no kernel cuts into segments
 HEADS = 128  # of value, of all sequences of a batch, that fill any device
-INDEX_DTYPES = {torch.int32: "int32", torch.int64: "int64"}
 
 
 def warmup(
@@ -41,19 +41,19 @@ def warmup(
     prefill_tokens: Sequence[int] = (64,),
     max_drafts: int = 4,
     protocols: Collection[DraftProtocol] | None = None,
-    index_dtypes: Collection[torch.dtype] = tuple(INDEX_DTYPES),
+    index_dtypes: Collection[torch.dtype] = INTEGERS,
     progress: Callable[[str], None] | None = None,
 ) -> None:
     """Run the ops and the steps for every size, with every argument that may be given or not."""
-    for dtype in index_dtypes:
-        if dtype not in INDEX_DTYPES:
-            raise InputError(f"index_dtypes has {dtype}, needs torch.int32 or torch.int64")
     protocols = tuple(DraftProtocol) if protocols is None else protocols
+    _refuse_others("index_dtypes", index_dtypes, INTEGERS)
+    _refuse_others("protocols", protocols, tuple(DraftProtocol))
     say = progress or (lambda _: None)
     target = torch_device(device)
     with torch.device(target), torch.no_grad():
         for dtype in index_dtypes:
-            name, calls = INDEX_DTYPES[dtype], _Calls(spec, launchers, target, dtype)
+            name = str(dtype).removeprefix("torch.")
+            calls = _Calls(spec, launchers, target, dtype)
             for tokens in filter(None, prefill_tokens):
                 say(f"prefill of {tokens} tokens, {name} indices")
                 calls.prefill(tokens)
@@ -63,6 +63,12 @@ def warmup(
                 if max_drafts and protocols:
                     say(f"verify of {batch} sequences with {max_drafts} drafts, {name} indices")
                     calls.verify(batch, max_drafts, protocols)
+
+
+def _refuse_others(name: str, given: Collection[object], known: Collection[object]) -> None:
+    for value in given:
+        if value not in known:
+            raise InputError(f"{name} has {value}, needs {' or '.join(map(str, known))}")
 
 
 @dataclass(frozen=True, slots=True)

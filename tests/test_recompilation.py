@@ -245,6 +245,7 @@ def test_a_prefill_is_compiled_twice_with_sequences_cut_and_whole(ops: GdnOps) -
         (_slot_table, [DraftProtocol.SLOT_TABLE]),
         (_slot_table, None),
     ],
+    ids=lambda given: getattr(given, "__name__", str(given)).removeprefix("_"),
 )
 def test_nothing_is_compiled_after_warmup(
     monkeypatch: pytest.MonkeyPatch,

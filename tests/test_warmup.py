@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -128,6 +129,12 @@ def test_warmup_of_no_protocol_skips_verify() -> None:
 def test_warmup_refuses_an_index_dtype_that_no_op_takes() -> None:
     with pytest.raises(InputError, match=r"index_dtypes has torch\.int16, needs torch\.int32 or"):
         bind(SPEC, "cpu").warmup(index_dtypes=(torch.int32, torch.int16))
+
+
+@pytest.mark.parametrize("protocols", ["replay", ("snapshots",)])
+def test_warmup_refuses_a_protocol_that_is_none(protocols: Any) -> None:
+    with pytest.raises(InputError, match=r"protocols has \w+, needs DraftProtocol\.REPLAY or"):
+        bind(SPEC, "cpu").warmup(protocols=protocols)
 
 
 def test_warmup_of_no_size_runs_nothing() -> None:

@@ -209,7 +209,7 @@ def attend(
     alike = tl.zeros([CHUNK, CHUNK], tl.float32)
     own = tl.zeros([CHUNK, CHUNK], tl.float32)
     for start_k in tl.static_range(0, K, BK):
-        # unrolled, a product of all BK would ask for all of them at once
+        # a loop where there are several: unrolled, all BK columns would be in registers at once
         for part_k in tl.range(start_k, start_k + BK, PART, num_stages=1):
             o_k = (part_k + tl.arange(0, PART))[None, :]
             at = q + base * q_t + k_head * q_h + r[:, None] * q_t + o_k * q_k
