@@ -212,9 +212,11 @@ def _custom_op(op: Op, launch: Launcher, name: str, spec: GdnSpec, plans: _Numbe
     }
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        arguments = {**defaults, **dict(zip(names[: len(args)], args, strict=True)), **kwargs}
-        if arguments.keys() != set(names):
-            raise TypeError(f"{op.value} takes {', '.join(names)}, got {', '.join(arguments)}")
+        arguments = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+        twice = any(name in kwargs for name in names[: len(args)])
+        if twice or len(args) > len(names) or arguments.keys() != set(names):
+            given = f"{len(args)} by position, and by name {', '.join(kwargs) or 'none'}"
+            raise TypeError(f"{op.value} takes {', '.join(names)}, got {given}")
         if "out" in names and arguments["out"] is None:
             arguments["out"] = _empty_out(op, spec, arguments[names[0]])
         values = _flattened(parts, arguments)

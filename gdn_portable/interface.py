@@ -201,7 +201,7 @@ class ChunkPrefill(Protocol):
             q: [T, H, K] queries; normalised and scaled inside. Any token and head stride.
             k: [T, H, K] keys; normalised inside. Any token and head stride.
             v: [T, HV, V] values. Any token and head stride.
-            g: [T, HV] float32 log decay, as ``gating`` gives it.
+            g: [T, HV] float32 log decay, as ``gating`` gives it: at most 0.
             beta: [T, HV] float32 write strength, after sigmoid.
             state: [slots, HV, V, K] pool, advanced in place.
             metadata: the batch. ``plan_prefill`` makes its plan once for all layers.

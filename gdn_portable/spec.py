@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal
@@ -154,6 +155,11 @@ class GdnSpec:
             dtype = getattr(self, name)
             if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
                 raise SpecError(f"{name} is {dtype!r}, needs a floating torch.dtype")
+        if self.scale is not None and not (
+            isinstance(self.scale, (int, float)) and math.isfinite(self.scale)
+        ):
+            raise SpecError(f"scale is {self.scale!r}, needs a finite number or None")
+        _one_of("qk_l2norm", self.qk_l2norm, (True, False))
         _one_of("activation", self.activation, ACTIVATIONS)
         _one_of("gate_activation", self.gate_activation, GATE_ACTIVATIONS)
         # a layout may be named by its string; the rest of the library compares members

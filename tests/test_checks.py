@@ -200,6 +200,59 @@ def test_what_is_written_must_not_be_expanded(case: str, name: str) -> None:
     assert f"{_own(name)} has strides {wrong.stride()}, needs memory for each element" in message
 
 
+@_tensors("state", "conv_state", "pool__state", "pool__conv_state", "out")
+def test_what_is_written_must_not_overlap_itself(case: str, name: str) -> None:
+    call = call_of(case)
+    given = leaves(call)[name]
+    step = given.stride(0) - 1
+    wrong = torch.zeros(given.numel(), dtype=given.dtype).as_strided(
+        given.shape, (step, *given.stride()[1:])
+    )
+
+    message = refusal(case, replaced(call, **{name: wrong}))
+
+    assert f"{_own(name)} has strides {wrong.stride()}, needs memory for each element" in message
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_the_two_pools_may_not_share_memory(case: str) -> None:
+    call = call_of(case)
+    state = leaves(call)["pool__state"]
+    windows = leaves(call)["pool__conv_state"]
+    page = torch.zeros(NUM_SLOTS, state[0].numel() + windows[0].numel())
+    shared = page[:, : state[0].numel()].view_as(state)
+    columns = page[:, state[0].numel() - 1 : -1].view(windows.dtype)[:, : windows[0].numel()]
+
+    message = refusal(
+        case,
+        replaced(call, pool__state=shared, pool__conv_state=columns.view(windows.shape)),
+    )
+
+    assert "conv_state shares memory with state, needs memory of its own" in message
+
+
+@pytest.mark.parametrize("case", STEPS)
+@pytest.mark.parametrize("part", ["state", "conv_state"])
+def test_an_output_in_a_pool_is_refused(case: str, part: str) -> None:
+    call = call_of(case)
+    out, into = call["out"], leaves(call)[f"pool__{part}"]
+    wrong = into.view(-1)[-out.numel() :].view(out.shape)
+
+    message = refusal(case, replaced(call, out=wrong))
+
+    assert f"out shares memory with {part}, needs memory of its own" in message
+
+
+@pytest.mark.parametrize("case", [*STEPS, "gated_rms_norm"])
+@pytest.mark.parametrize("eps", [None, "1e-6", -1.0, float("nan")])
+def test_an_epsilon_is_a_number_of_at_least_0(case: str, eps: object) -> None:
+    name = "eps" if case == "gated_rms_norm" else "params__norm_eps"
+
+    message = refusal(case, replaced(call_of(case), **{name: eps}))
+
+    assert f"eps is {eps!r}, needs a number of at least 0" in message
+
+
 @_tensors("state_indices", "out_state_indices", "checkpoint_indices")
 @pytest.mark.parametrize("slot", [NUM_SLOTS, 2**31 - 1])
 def test_a_slot_out_of_range_is_refused(case: str, name: str, slot: int) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gdn_portable import StatePool
 from tests.calls import (
     COMMITS,
     MAX_DRAFTS,
@@ -16,9 +17,11 @@ from tests.calls import (
     REPLAYS,
     SNAPSHOTS,
     SPEC,
+    Call,
     call_of,
     refusal,
     replaced,
+    run,
 )
 from tests.cases import nan, slots
 
@@ -166,6 +169,72 @@ def test_a_commit_needs_drafts(case: str) -> None:
 
     assert "drafts is None, needs ReplayDrafts or SnapshotDrafts: a slot table has no" in message
     assert "its next verify is told num_accepted" in message
+
+
+def test_a_commit_may_copy_one_row_of_snapshots_to_two_slots() -> None:
+    case = "mtp_commit snapshot"
+    call = replaced(call_of(case), metadata__rows=slots(1, 1), last_accepted=slots(1, 1))
+    state, kept = call["pool"].state, call["drafts"].state
+    kept[:] = torch.arange(float(kept.numel())).view(kept.shape)
+
+    run(case, call)
+
+    assert torch.equal(state[slots(2, 6)], kept[slots(1, 1), 1])
+
+
+def test_a_commit_of_kept_inputs_is_of_one_layer() -> None:
+    call = call_of("mtp_commit replay")
+    layers = StatePool(*(torch.stack([part] * 2) for part in _pools(call)))
+
+    message = refusal("mtp_commit replay", {**call, "pool": layers})
+
+    assert "pool has an axis of layers, needs one layer" in message
+
+
+@pytest.mark.parametrize("name", ["pool__state", "pool__conv_state", "drafts__conv_state"])
+def test_layers_that_are_not_as_many_everywhere_are_refused(name: str) -> None:
+    message = refusal("mtp_commit snapshot", _layered(**{name: 3}))
+
+    assert "layers are {" in message
+    assert f"'{name.replace('__', '.')}': 3" in message
+
+
+@pytest.mark.parametrize("part", ["state", "conv_state"])
+def test_layers_that_share_memory_are_refused(part: str) -> None:
+    call = _layered()
+    given = getattr(call["pool"], part)
+    call = replaced(call, **{f"pool__{part}": given[:1].expand(given.shape)})
+
+    assert f"pool.{part} has strides (0, " in refusal("mtp_commit snapshot", call)
+
+
+def _layered(**layers: int) -> Call:
+    """Return a commit of two layers, or of as many of a part as is said."""
+    call = call_of("mtp_commit snapshot")
+    return replaced(
+        call,
+        **{
+            f"{owner}__{part}": torch.stack(
+                [getattr(call[owner], part)] * layers.get(f"{owner}__{part}", 2)
+            )
+            for owner in ("pool", "drafts")
+            for part in ("state", "conv_state")
+        },
+    )
+
+
+def _pools(call: Call) -> tuple[Tensor, Tensor]:
+    return call["pool"].conv_state, call["pool"].state
+
+
+@every_commit
+@pytest.mark.parametrize("name", ["last_accepted", "metadata__state_indices"])
+def test_an_index_without_an_axis_is_refused_by_a_commit(case: str, name: str) -> None:
+    call = replaced(call_of(case), metadata__cu_seqlens=None)
+
+    message = refusal(case, replaced(call, **{name: torch.tensor(1)}))
+
+    assert f"{name.removeprefix('metadata__')} is (), needs one axis" in message
 
 
 def _drafts(case: str, change: Any) -> dict[str, Tensor]:

@@ -180,6 +180,13 @@ def test_an_output_inside_the_projection_is_refused_in_a_step(case: str, first: 
     assert "out shares memory with mixed_qkv, needs memory of its own" in message
 
 
+def test_a_decay_that_lets_the_state_grow_is_refused() -> None:
+    call = call_of("chunk_prefill")
+    call["g"][3:5, 1] = torch.tensor([0.25, 0.5])
+
+    assert "g is 0.5 in sequence 1, needs at most 0: a log decay" in refusal("chunk_prefill", call)
+
+
 @pytest.mark.parametrize("case", ["chunk_prefill", "prefill_step"])
 def test_a_plan_for_other_lengths_is_refused(case: str) -> None:
     call = call_of(case)

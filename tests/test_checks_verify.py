@@ -75,6 +75,26 @@ def test_room_for_no_draft_is_refused(case: str, max_drafts: int) -> None:
     assert f"max_drafts is {max_drafts}, needs at least 1: the root counts" in message
 
 
+@pytest.mark.parametrize("case", [*REPLAYS, *SNAPSHOTS, *TABLES, *COMMITS])
+def test_the_most_drafts_are_a_whole_number(case: str) -> None:
+    message = refusal(case, replaced(call_of(case), metadata__max_drafts=3.0))
+
+    assert "max_drafts is 3.0, needs an integer" in message
+
+
+@pytest.mark.parametrize("case", ["conv1d_verify table", "verify_step table"])
+@pytest.mark.parametrize("row", [[-1, 3, 4], [2, -1, 4]], ids=["window", "state"])
+def test_window_and_state_of_a_slot_table_are_padding_together(case: str, row: list[int]) -> None:
+    table = slots(row, [5, 6, 7])  # two are accepted of the first
+
+    message = refusal(case, replaced(call_of(case), metadata__state_indices=table))
+
+    assert f"state_indices[0] is {row}, needs both or neither of padding" in message
+    assert f"window is in slot {row[0]}, and num_accepted 2 reads the state in slot {row[1]}" in (
+        message
+    )
+
+
 @every_verify
 def test_more_drafts_than_the_most_are_refused(case: str) -> None:
     call = replaced(call_of(case), metadata__cu_seqlens=slots(0, 4, 5))

@@ -344,3 +344,7 @@ def test_arguments_that_an_op_does_not_take_are_refused() -> None:
 
     with pytest.raises(TypeError, match="gating takes a, b, A_log, dt_bias, got"):
         _ops().gating(**case.arguments, scale=2)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="got 5 by position, and by name dt_bias"):
+        _ops().gating(*case.arguments.values(), *[0], dt_bias=0)  # type: ignore[misc, arg-type]
+    with pytest.raises(TypeError, match="got 1 by position, and by name a, b, A_log, dt_bias"):
+        _ops().gating(0, **case.arguments)  # type: ignore[misc, arg-type]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gdn_portable import PrefillMetadata, StateLayout
+from tests.calls import DECODES, PREFILLS, call_of, contents, run
 from tests.cases import (
     FLOAT32,
     SPEC,
@@ -385,3 +386,16 @@ def test_step_is_differentiable(argument):
         return ops.prefill_step(x, a, b, leaves, copies(states), metadata=metadata)
 
     assert torch.autograd.gradcheck(outputs, inputs[argument].requires_grad_())
+
+
+@pytest.mark.parametrize("case", [*PREFILLS, *DECODES])
+def test_autocast_changes_no_bit(case):
+    outputs, states = [], []
+    for on in (False, True):
+        call = call_of(case)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            outputs.append(run(case, call))
+        states.append(contents(call))
+
+    assert torch.equal(*outputs)
+    assert states[0] == states[1]

@@ -82,6 +82,8 @@ def _check(rules: Rules, op: Op, arguments: Mapping[str, Any]) -> None:
     rows = rules.tensors(op, arguments)
     if "params" in arguments:
         rules.params(arguments["params"], arguments.get("gate"))
+    if "eps" in arguments:
+        rules.eps("eps", arguments["eps"])
     pool = arguments.get("pool", StatePool(None, None))
     state = arguments.get("state", pool.state)
     conv_state = arguments.get("conv_state", pool.conv_state)
@@ -92,9 +94,13 @@ def _check(rules: Rules, op: Op, arguments: Mapping[str, Any]) -> None:
         missing = "conv_state" if conv_state is None else "state"
         raise InputError(f"pool.{missing} is None, needs a tensor: a step uses both pools")
     slots = rules.pools(conv_state, state)
+    for name, written in (("conv_state", conv_state), ("state", state)):
+        if written is not None and arguments.get("out") is not None:
+            rules.apart("out", arguments["out"], name, written)
     metadata = arguments.get("metadata")
     if isinstance(metadata, PrefillMetadata):
-        batches.prefill(rules, op, metadata, rows, slots, arguments.get("checkpoint_state"))
+        kept, g = arguments.get("checkpoint_state"), arguments.get("g")
+        batches.prefill(rules, op, metadata, rows, slots, kept, g)
     elif isinstance(metadata, VerifyMetadata):
         drafts = arguments.get("drafts")
         batches.verify(rules, metadata, drafts, rows, slots, conv_state, state)

@@ -33,8 +33,9 @@ def prefill(
     rows: int,
     slots: int,
     checkpoint_state: Tensor | None,
+    g: Tensor | None,
 ) -> None:
-    """Check a packed batch against the pools."""
+    """Check a packed batch against the pools, and its decay where that is given."""
     planned_only = op is Op.PLAN_PREFILL
     lengths = rules.lengths(metadata.cu_seqlens, None if planned_only else rows)
     if metadata.seq_lens_cpu is not None and [*map(int, metadata.seq_lens_cpu)] != lengths:
@@ -60,6 +61,8 @@ def prefill(
         pad = rules.spec.pad_slot
         reads = [s if f else pad for s, f in zip(source, flags.tolist(), strict=False)]
     rules.exclusive(live, reads, target)
+    if g is not None:
+        _decay(g, lengths, live)
     _checkpoints(
         rules,
         metadata,
@@ -70,6 +73,12 @@ def prefill(
         slots,
         checkpoint_state,
     )
+
+
+def _decay(g: Tensor, lengths: list[int], live: list[bool]) -> None:
+    for i, rows in enumerate(g[: sum(lengths)].detach().split(lengths)):
+        if live[i] and rows.numel() and rows.max() > 0:
+            raise InputError(f"g is {rows.max():g} in sequence {i}, needs at most 0: a log decay")
 
 
 def _checkpoints(
@@ -136,7 +145,9 @@ def verify(
         rules.exclusive(live, source, source)
         most = _replay(rules, drafts, P, slots)
     elif isinstance(drafts, SnapshotDrafts):
-        _snapshots(rules, metadata, drafts, live, conv_state, state)
+        used = _snapshots(rules, metadata, drafts, live, conv_state, state)
+        if len(set(used)) < len(used):
+            raise InputError(f"rows is {used}, needs each row once")
     elif metadata.state_indices.dim() == 2:
         most = metadata.state_indices.shape[1]
         if conv_state is not None:
@@ -149,9 +160,7 @@ def verify(
 
 
 def _draft_lengths(rules: Rules, metadata: VerifyMetadata, rows: int) -> list[int]:
-    P = metadata.max_drafts
-    if P < 1:
-        raise InputError(f"max_drafts is {P}, needs at least 1: the root counts")
+    P = _most_drafts(metadata)
     if metadata.cu_seqlens is None:
         if rows % P:
             raise InputError(
@@ -169,6 +178,15 @@ def _draft_lengths(rules: Rules, metadata: VerifyMetadata, rows: int) -> list[in
     if max(lengths, default=0) > P:
         raise InputError(f"a sequence has {max(lengths)} drafts, needs at most {P}")
     return lengths
+
+
+def _most_drafts(metadata: VerifyMetadata) -> int:
+    P = metadata.max_drafts
+    if not isinstance(P, int):
+        raise InputError(f"max_drafts is {P!r}, needs an integer")
+    if P < 1:
+        raise InputError(f"max_drafts is {P}, needs at least 1: the root counts")
+    return P
 
 
 def _slot_table(
@@ -196,15 +214,21 @@ def _slot_table(
     named: list[list[int]] = table[:B].tolist()
     writer: dict[int, int] = {}
     source = []
+    pad = rules.spec.pad_slot
     for i, row in enumerate(named):
         rules.slots(f"state_indices[{i}]", table[i], len(row), slots)
         source.append(row[min(max(accepted[i], 1), len(row)) - 1])
-        written = row[: lengths[i]] if source[i] > rules.spec.pad_slot else []
+        if conv_state is not None and lengths[i] and (row[0] > pad) != (source[i] > pad):
+            raise InputError(
+                f"state_indices[{i}] is {row}, needs both or neither of padding: the window is in "
+                f"slot {row[0]}, and num_accepted {accepted[i]} reads the state in slot {source[i]}"
+            )
+        written = row[: lengths[i]] if source[i] > pad else []
         for t, slot in enumerate(written):
-            if slot > rules.spec.pad_slot and (slot in row[:t] or writer.setdefault(slot, i) != i):
+            if slot > pad and (slot in row[:t] or writer.setdefault(slot, i) != i):
                 raise InputError(f"state_indices names slot {slot} twice, needs it once")
     for i, slot in enumerate(source):
-        if slot > rules.spec.pad_slot and writer.get(slot, i) != i:
+        if slot > pad and writer.get(slot, i) != i:
             raise InputError(
                 f"row {i} reads slot {slot}, which row {writer[slot]} writes: needs separate slots"
             )
@@ -242,7 +266,8 @@ def _snapshots(
     live: list[bool],
     conv_state: Tensor | None,
     state: Tensor | None,
-) -> None:
+) -> list[int]:
+    """Check what states and windows are kept in; return the rows of live sequences."""
     B, P, spec = len(live), metadata.max_drafts, rules.spec
     kept_of = (
         ("conv_state", drafts.conv_state, conv_state, conv_slot_shape(spec, spec.conv_width - 1)),
@@ -261,21 +286,18 @@ def _snapshots(
             needed = shape_text(("rows", P, *shape))
             raise InputError(f"drafts.{name} has shape {shape_text(kept.shape)}, needs {needed}")
         rules.dtype_and_device(f"drafts.{name}", kept, (pool.dtype,))
-        rules.writable(f"drafts.{name}", kept)
+        # the windows of a chain may overlap, those of one of its drafts not
+        chained = name == "conv_state" and kept.stride(1) == kept.stride(rules.time_axis())
+        if chained and metadata.is_tree and kept.shape[rules.time_axis()] > 1:
+            raise InputError(
+                "drafts.conv_state has overlapping windows, which hold a chain; a tree needs "
+                "windows of its own for each draft"
+            )
+        rules.writable(f"drafts.{name}", kept[:, 0] if chained else kept)
         for i, row in enumerate(rows):
             if live[i] and not 0 <= row < len(kept):
                 raise InputError(f"rows[{i}] is {row}, needs 0 to {len(kept) - 1}")
-    used = [row for row, on in zip(rows, live, strict=True) if on]
-    if len(set(used)) < len(used):
-        raise InputError(f"rows is {rows}, needs each row once")
-    time_axis, windows = rules.time_axis(), drafts.conv_state
-    if not metadata.is_tree or windows is None or conv_state is None:
-        return
-    if windows.shape[time_axis] > 1 and windows.stride(1) == windows.stride(time_axis):
-        raise InputError(
-            "drafts.conv_state has overlapping windows, which hold a chain; a tree needs windows "
-            "of its own for each draft"
-        )
+    return [row for row, on in zip(rows, live, strict=True) if on]
 
 
 def _tree(rules: Rules, metadata: VerifyMetadata, lengths: list[int], live: list[bool]) -> None:
@@ -310,6 +332,23 @@ def _tree(rules: Rules, metadata: VerifyMetadata, lengths: list[int], live: list
             raise InputError(f"next_token and next_sibling of row {i} name a draft twice: {named}")
 
 
+def _layers(rules: Rules, drafts: Drafts, conv_state: Tensor | None, state: Tensor | None) -> None:
+    """Check the axis of layers that pools have in front."""
+    if isinstance(drafts, ReplayDrafts):
+        raise InputError("pool has an axis of layers, needs one layer: so have ReplayDrafts")
+    counts = {}
+    for pool, kept, name in (
+        (conv_state, drafts.conv_state, "conv_state"),
+        (state, drafts.state, "state"),
+    ):
+        if pool is None or kept is None:
+            continue
+        counts[f"pool.{name}"], counts[f"drafts.{name}"] = len(pool), len(kept)
+        rules.writable(f"pool.{name}", pool)
+    if len(set(counts.values())) > 1 or 0 in counts.values():
+        raise InputError(f"layers are {counts}, needs the same number of all, at least 1")
+
+
 def commit(
     rules: Rules, conv_state: Tensor | None, state: Tensor | None, arguments: Mapping[str, Any]
 ) -> None:
@@ -319,15 +358,19 @@ def commit(
     draft_protocol(metadata, drafts)
     layered = state is not None and state.dim() == 5
     layered = layered or (conv_state is not None and conv_state.dim() == 4)
+    if layered:
+        _layers(rules, drafts, conv_state, state)
     windows, states = (
         pool[0] if layered and pool is not None else pool for pool in (conv_state, state)
     )
     slots = rules.pools(windows, states)
+    rules.indices("state_indices", metadata.state_indices, 0)
+    rules.indices("last_accepted", last, 0)
     B = commit_batch(metadata, last)
     source = rules.slots("state_indices", metadata.state_indices, B, slots)
     target = rules.targets(arguments.get("out_state_indices"), source, slots)
     live = rules.live(source)
-    lengths = [metadata.max_drafts] * B
+    lengths = [_most_drafts(metadata)] * B
     if metadata.cu_seqlens is not None:
         lengths = rules.lengths(metadata.cu_seqlens, None)
     for i, draft in enumerate(rules.indices("last_accepted", last, B)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -80,8 +81,7 @@ class Rules(NamedTuple):
                 value = arguments.get(name)
                 if value is None or (op in IN_PLACE and _same_memory(out, value)):
                     continue
-                if _overlap(out, value):
-                    raise InputError(f"out shares memory with {name}, needs memory of its own")
+                self.apart("out", out, name, value)
         return sizes.get(rows, 0)
 
     def sizes(self) -> dict[str, int]:
@@ -136,9 +136,19 @@ class Rules(NamedTuple):
             )
 
     def writable(self, name: str, value: Tensor) -> None:
-        """Check that no two elements share memory by a zero stride."""
-        if any(s == 0 and n > 1 for n, s in zip(value.shape, value.stride(), strict=True)):
-            raise InputError(f"{name} has strides {value.stride()}, needs memory for each element")
+        """Check that no two elements share memory: each axis steps over all within it."""
+        extent = 1
+        for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+            if size > 1 and stride < extent and value.numel():
+                raise InputError(
+                    f"{name} has strides {value.stride()}, needs memory for each element"
+                )
+            extent += (size - 1) * stride
+
+    def apart(self, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+        """Check that what is written shares no memory with another tensor."""
+        if _overlap(value, other):
+            raise InputError(f"{name} shares memory with {other_name}, needs memory of its own")
 
     def params(self, params: GdnParams, gate: Tensor | None) -> None:
         """Check a layer's parameters."""
@@ -154,8 +164,14 @@ class Rules(NamedTuple):
             value = getattr(params, name)
             if value is not None:
                 self.tensor(f"params.{name}", value, letters, sizes, FLOATS)
+        self.eps("params.norm_eps", params.norm_eps)
         if gate is not None and params.norm_weight is None:
             raise InputError("gate is given and params.norm_weight is None, needs both or neither")
+
+    def eps(self, name: str, value: object) -> None:
+        """Check what is added to a mean of squares."""
+        if not isinstance(value, (int, float)) or not 0 <= value < inf:
+            raise InputError(f"{name} is {value!r}, needs a number of at least 0")
 
     def pools(self, conv_state: Tensor | None, state: Tensor | None) -> int:
         """Check the pools that are given; return how many slots they have."""
@@ -168,6 +184,8 @@ class Rules(NamedTuple):
         if state is not None:
             self.state("state", state, (self.spec.state_dtype,))
             slots.append(len(state))
+        if conv_state is not None and state is not None:
+            self.apart("conv_state", conv_state, "state", state)
         return min(slots, default=0)
 
     def time_axis(self) -> int:

@@ -352,8 +352,8 @@ def _refuse(hidden_states: Tensor, keywords: Mapping[str, object]) -> None:
         )
     if torch.is_autocast_enabled(hidden_states.device.type):
         raise UnsupportedCallError(
-            "autocast is on, which rounds what the ops keep in float32: needs it off, and the "
-            "model in the dtype wanted"
+            "autocast is on, in whose dtype projections would come: needs it off, and the model "
+            "in the dtype wanted"
         )
 
 

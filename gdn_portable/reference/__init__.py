@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops in eager PyTorch: the contract's text, the oracle of every kernel, the CPU backend.
 
-Any torch device, any strides, float32 inside (float64 where the spec names it). Outputs are
-differentiable in activations and parameters; states are constants. No op asks a GPU for a value.
+Any torch device, any strides, float32 inside (float64 where the spec names it), under autocast as
+well. Outputs are differentiable in activations and parameters; states are constants. No op asks a
+GPU for a value.
 Every function is an op of :mod:`gdn_portable.interface` with the spec in front, and takes states
 as [slots, HV, V, K] and [slots, D, L].
 """
@@ -21,14 +22,19 @@ from gdn_portable.reference.decode import recurrent_decode
 from gdn_portable.reference.math import gated_rms_norm, gating
 from gdn_portable.reference.prefill import chunk_prefill, plan_prefill
 from gdn_portable.reference.verify import conv1d_verify, mtp_commit, mtp_verify
-from gdn_portable.spec import Device, GdnSpec, Op
+from gdn_portable.spec import Device, GdnSpec, Op, torch_device
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def _kernel(op: Op, function: Callable[..., Any]) -> Kernel:
     def make(spec: GdnSpec, device: Device, *, deterministic: bool) -> Callable[..., Any]:
-        return partial(function, spec)
+        launch: Callable[..., Any] = partial(function, spec)
+        kind = torch_device(device).type
+        if torch.amp.is_autocast_available(kind):
+            # under it products would be of its dtype
+            launch = torch.autocast(kind, enabled=False)(launch)
+        return launch
 
     return Kernel(
         op=op,
