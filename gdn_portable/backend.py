@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import importlib.util
+import pkgutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Enum
@@ -50,7 +50,7 @@ class Among(NamedTuple):
 class Kernel:
     """One implementation of one op, described without importing the library behind it.
 
-    A restriction that does not apply says so with None: there are no permissive defaults.
+    A restriction that does not apply says so with None: up to ``conv_layouts`` none has a default.
 
     Attributes:
         op: what it implements.
@@ -111,8 +111,7 @@ class Kernel:
         """Import the target and let it make the launcher."""
         make = self.target
         if isinstance(make, str):
-            module, _, attribute = make.partition(":")
-            make = getattr(importlib.import_module(module), attribute)
+            make = pkgutil.resolve_name(make)
         launcher: Launcher = make(spec, device, deterministic=deterministic)
         return launcher
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every exception the library raises on purpose."""
+"""Every exception that a caller may see."""
 
 from __future__ import annotations
 
@@ -44,3 +44,7 @@ class ModelFileError(GdnError, ValueError):
 
 class TunedFileError(GdnError, ValueError):
     """A file of measured times is damaged, or of another format."""
+
+
+class DeviceLostError(GdnError):
+    """The device answers to nothing any more."""

@@ -16,11 +16,14 @@ The rules of every op:
 * Two rows may not write one slot, nor one row read what another writes; reads may repeat.
 * States are read and written in place, through their strides. Nothing is copied.
 * Zero-length sequences and empty batches are legal.
-* ``mixed_qkv``, ``x``, q, k and v have the spec's ``dtype``. ``a``, ``b``, ``gate``, ``out`` and
-  parameters may have any floating dtype; a kernel that is not first in its table may take fewer.
+* ``mixed_qkv``, a convolution's ``x``, q, k and v have the spec's ``dtype``. ``a``, ``b``,
+  ``gate``, ``out``, the norm's ``x`` and parameters may have any floating dtype.
+* Index tensors are int32 or int64, on the device, of any stride, and may be longer than the batch.
 * ``out`` is written and returned; None allocates it in the activations' dtype.
 * No op synchronises with the host. Arguments are checked where ``bind`` was asked to, or on a CPU:
-  then a bad one raises InputError before anything is written, and nothing else is promised of it.
+  then a bad one raises InputError before anything is written. Unchecked it may touch any memory.
+* A kernel that serves only where it is named may take fewer calls, with UnsupportedCallError for
+  the others, and may wait for the device: its docstring says so.
 * Gradients flow to activations and parameters through the reference alone: other kernels raise
   InputError for an activation that requires one. States are read as they are, written without.
 * Float32 below is float64 where the spec's ``dtype`` or ``state_dtype`` is.
@@ -509,8 +512,9 @@ class Warmup(Protocol):
         """Run every op once per size on private memory; after it they are safe to capture.
 
         Covered are prefills of those sizes and of at most 64 tokens, protocols with their commits,
-        and optional arguments, given and not, other than ``checkpoint_state``; not activations in
-        unusual layouts or dtypes. Each index dtype and protocol left out is time saved.
+        and optional arguments, given and not, other than ``checkpoint_state``; of a prefill's,
+        other slots and checkpoints with ``has_initial_state`` alone. Activations in unusual layouts
+        or dtypes are not. Each index dtype and protocol left out is time saved.
 
         Args:
             batch_sizes: sequences of a decode or verify batch.

@@ -77,7 +77,7 @@ def _choosing(op: Op, ladder: Sequence[Kernel], shipped: Path | None) -> Kernel:
         assert isinstance(choice, Choice)  # asked of an able kernel alone
         names = tuple(kernel.name for kernel in choice.kernels)
         fastest = choice.fastest(spec)
-        source = choice.found.source(spec, device)
+        source = choice.found.source(spec)
         return Among(names, source, lambda n, tokens: names[fastest.pick(n, tokens)])
 
     def make(spec: GdnSpec, device: Device, *, deterministic: bool) -> Launcher:

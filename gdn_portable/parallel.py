@@ -65,11 +65,15 @@ class HeadParallel(ParallelStyle):
         """Shard ``module`` in place.
 
         Raises:
-            InputError: it is no ``GatedDeltaNet``, or sharded already.
+            InputError: it is no ``GatedDeltaNet``, or sharded already, or the mesh has more axes.
             SpecError: its heads do not divide.
         """
         if type(module) is not GatedDeltaNet:
             raise InputError(f"module is a {type(module).__name__}, needs a GatedDeltaNet")
+        if device_mesh.ndim != 1:
+            named = device_mesh.mesh_dim_names or ()
+            axes = " or ".join(f"mesh[{name!r}]" for name in named) or "one of them"
+            raise InputError(f"device_mesh has {device_mesh.ndim} axes, needs one: {axes}")
         spec, ranks = module.spec, device_mesh.size()
         module.spec = spec.shard(ranks)
         with torch.no_grad():

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import importlib.metadata
 import os
+import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -123,22 +123,24 @@ def explain(
         deterministic: as ``bind`` takes it.
 
     Raises:
+        InputError: there is no such device.
         UnknownBackendError: a backend, op or kernel that was named does not exist.
         TunedFileError: a file of measured times cannot be used.
     """
     facts = detect_device(device)
     ladders = _ladders(facts, backend, kernels)
-    able = partial(_first_able, spec=spec, device=facts, deterministic=deterministic)
-    unserved = {op for op, ladder in ladders.items() if not able(ladder)}
+    first = {
+        op: _first_able(ladder, spec, facts, deterministic=deterministic)
+        for op, ladder in ladders.items()
+    }
     choices: list[Choice] = []
     for op, ladder in ladders.items():
-        first = able(ladder)
         for kernel in ladder:
             reasons = kernel.reasons(spec, facts, deterministic=deterministic)
             if kernel is steps.COMPOSED.get(op):
-                missing = [part.value for part in steps.PARTS[op][1] if part in unserved]
+                missing = [part.value for part in steps.PARTS[op][1] if first[part] is None]
                 reasons += [f"no kernel can serve {part}" for part in missing]
-            chosen = kernel is first and not reasons
+            chosen = kernel is first[op] and not reasons
             label = kernel.name if reasons else kernel.label(spec, facts)
             among = kernel.among(spec, facts) if kernel.among and not reasons else None
             choices.append(Choice(op, label, chosen, tuple(reasons), among))
@@ -235,8 +237,7 @@ def detect_device(device: AnyDevice) -> Device:
 def get_backend(name: str) -> Backend:
     """Return the backend called ``name``, built in or from an installed plugin."""
     if name in BUILTIN:
-        module, _, attribute = BUILTIN[name].partition(":")
-        backend: Backend = getattr(importlib.import_module(module), attribute)
+        backend: Backend = pkgutil.resolve_name(BUILTIN[name])
         return backend
     plugins = _plugins()
     if name not in plugins:

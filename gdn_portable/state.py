@@ -60,7 +60,10 @@ class StatePool:
             )
         conv_bytes = _aligned(math.prod(conv_shape) * spec.conv_state_dtype.itemsize)
         page_bytes = conv_bytes + _aligned(math.prod(state_shape) * spec.state_dtype.itemsize)
-        pages = torch.zeros(num_slots, page_bytes, dtype=torch.uint8, device=device)
+        # torch compiles no code that writes views of one tensor that have another dtype than it
+        same = spec.conv_state_dtype is spec.state_dtype
+        unit = spec.state_dtype if same else torch.uint8
+        pages = torch.zeros(num_slots, page_bytes // unit.itemsize, dtype=unit, device=device)
         return cls(
             _slice(pages, 0, conv_shape, spec.conv_state_dtype),
             _slice(pages, conv_bytes, state_shape, spec.state_dtype),
@@ -130,7 +133,7 @@ def _aligned(size: int) -> int:
 
 def _slice(pages: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """View the bytes at ``offset`` of every page as a tensor of ``shape``."""
-    size = math.prod(shape)
-    flat = pages[:, offset : offset + size * dtype.itemsize].view(dtype)
-    view: Tensor = flat.unflatten(1, shape)
+    first, size = offset // pages.itemsize, math.prod(shape) * dtype.itemsize // pages.itemsize
+    flat = pages[:, first : first + size]
+    view: Tensor = (flat if flat.dtype is dtype else flat.view(dtype)).unflatten(1, shape)
     return view

@@ -45,8 +45,8 @@ def prefill_step(
     gated_rms_norm: GatedRmsNorm,
 ) -> Tensor:
     """Run a layer's prefill."""
-    conv_state, state = _both(pool)
-    _check_gate(gate, params)
+    conv_state, state = both_pools(pool)
+    check_gate(gate, params)
     windows = metadata
     if checkpoint_state is not None:  # its rows are no slots: no window is kept
         windows = replace(metadata, checkpoint_offsets=None, checkpoint_indices=None)
@@ -86,8 +86,8 @@ def decode_step(
     gated_rms_norm: GatedRmsNorm,
 ) -> Tensor:
     """Run a layer's decode."""
-    conv_state, state = _both(pool)
-    _check_gate(gate, params)
+    conv_state, state = both_pools(pool)
+    check_gate(gate, params)
     mixed = conv1d_update(
         mixed_qkv,
         params.conv_weight,
@@ -127,8 +127,8 @@ def verify_step(
     gated_rms_norm: GatedRmsNorm,
 ) -> Tensor:
     """Run a layer's verification of drafts."""
-    conv_state, state = _both(pool)
-    _check_gate(gate, params)
+    conv_state, state = both_pools(pool)
+    check_gate(gate, params)
     mixed = conv1d_verify(
         mixed_qkv,
         params.conv_weight,
@@ -159,7 +159,8 @@ PARTS: Mapping[Op, tuple[Callable[..., Tensor], tuple[Op, ...]]] = {
     Op.DECODE_STEP: (decode_step, (Op.CONV1D_UPDATE, Op.RECURRENT_DECODE, Op.GATED_RMS_NORM)),
     Op.VERIFY_STEP: (verify_step, (Op.CONV1D_VERIFY, Op.MTP_VERIFY, Op.GATED_RMS_NORM)),
 }
-# what every table ends with: a composed step is able wherever its parts are
+# what every table ends with: a composed step is able wherever its parts are; bind joins them with
+# compose, the target is for readers
 COMPOSED = {
     op: Kernel(
         op=op,
@@ -192,14 +193,16 @@ def split_qkv(spec: GdnSpec, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, values)
 
 
-def _both(pool: StatePool) -> tuple[Tensor, Tensor]:
+def both_pools(pool: StatePool) -> tuple[Tensor, Tensor]:
+    """Return the pools of windows and of states; raise InputError where one is missing."""
     if pool.conv_state is None or pool.state is None:
         missing = "conv_state" if pool.conv_state is None else "state"
         raise InputError(f"pool.{missing} is None, needs both pools")
     return pool.conv_state, pool.state
 
 
-def _check_gate(gate: Tensor | None, params: GdnParams) -> None:
+def check_gate(gate: Tensor | None, params: GdnParams) -> None:
+    """Raise InputError for a gate without the weight of its norm."""
     if gate is not None and params.norm_weight is None:
         raise InputError("gate is given and params.norm_weight is None, needs both or neither")
 

@@ -159,6 +159,8 @@ def cases(spec: GdnSpec, *, seed: int = 0) -> Iterator[Case]:
         yield Case(f"commit of {name}", Op.MTP_COMMIT, spec, commit)
         commit = {**commit, "out_state_indices": torch.tensor([20, -1, 21, 22])}
         yield Case(f"commit to other slots of {name}", Op.MTP_COMMIT, spec, commit)
+    for name, norm in make.norms():
+        yield Case(name, Op.GATED_RMS_NORM, spec, norm)
 
 
 class _Inputs:
@@ -250,6 +252,17 @@ class _Inputs:
                 read = [*range(P), *range(2 * P, 4 * P)]
                 step = self.step(rows, read, gate=False, metadata=metadata)
                 yield f"verify of a {shape} by slot table", {**step, "drafts": None}
+
+    def norms(self) -> Iterator[tuple[str, Arguments]]:
+        HV, V, dtype = self.spec.num_v_heads, self.spec.head_v_dim, self.spec.dtype
+        x, weight = self.normal(37, HV, V).to(dtype), self.normal(V).to(dtype)
+        wide = self.normal(37, HV * V + 3).to(dtype)
+        # a head of zeros is padding, whatever its gate
+        x[5, -1], wide[5] = 0, torch.nan
+        given = {"x": x, "weight": weight, "out": torch.full_like(x, torch.nan)}
+        yield "norm with a gate in wider rows", {**given, "gate": wide[:, : HV * V]}
+        gate = wide[:, 3:].unflatten(-1, (HV, V)).contiguous()
+        yield "norm with an epsilon", {**given, "gate": gate, "eps": 0.1}
 
     def step(self, tokens: int, slots: list[int], *, gate: bool, **more: Any) -> Arguments:
         """Return what every step takes; slots that are not named hold NaN."""

@@ -116,7 +116,7 @@ class Found(NamedTuple):
     layer: Layer
     times: Times
 
-    def source(self, spec: GdnSpec, device: Device) -> str:
+    def source(self, spec: GdnSpec) -> str:
         """Say where the times were measured, and what was different there."""
         parts = [self.tuned.device.name or self.tuned.device.arch]
         if self.layer != Layer.of(spec):

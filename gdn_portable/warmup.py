@@ -48,6 +48,9 @@ def warmup(
     protocols = tuple(DraftProtocol) if protocols is None else protocols
     _refuse_others("index_dtypes", index_dtypes, INTEGERS)
     _refuse_others("protocols", protocols, tuple(DraftProtocol))
+    _refuse_sizes("batch_sizes", batch_sizes)
+    _refuse_sizes("prefill_tokens", prefill_tokens)
+    _refuse_sizes("max_drafts", (max_drafts,))
     say = progress or (lambda _: None)
     target = torch_device(device)
     with torch.device(target), torch.no_grad():
@@ -71,6 +74,12 @@ def _refuse_others(name: str, given: Collection[object], known: Collection[objec
             raise InputError(f"{name} has {value}, needs {' or '.join(map(str, known))}")
 
 
+def _refuse_sizes(name: str, given: object) -> None:
+    sizes = given if isinstance(given, Collection) else [None]
+    if any(not isinstance(size, int) or size < 0 for size in sizes):
+        raise InputError(f"{name} is {given!r}, needs whole numbers of at least 0")
+
+
 @dataclass(frozen=True, slots=True)
 class _Calls:
     """What an engine may call with index tensors of one dtype."""
@@ -92,13 +101,17 @@ class _Calls:
             cu_seqlens = torch.arange(0, length + 1, length // N, dtype=self.dtype)
             plain = PrefillMetadata(cu_seqlens, slots)
             fresh = replace(plain, has_initial_state=torch.ones(N, dtype=torch.bool))
-            kept = replace(
-                fresh,
-                out_state_indices=slots + 1,
-                checkpoint_offsets=torch.zeros_like(slots),
-                checkpoint_indices=slots + 2,
+            kept = ((None, None), (torch.zeros_like(slots), slots + 2))
+            of_prefix_caches = (
+                replace(
+                    fresh,
+                    out_state_indices=target,
+                    checkpoint_offsets=offsets,
+                    checkpoint_indices=indices,
+                )
+                for target, (offsets, indices) in product((None, slots + 1), kept)
             )
-            for metadata in (plain, fresh, kept):
+            for metadata in (plain, *of_prefix_caches):
                 self.launchers[Op.PLAN_PREFILL](metadata)
                 if isinstance(metadata.plan, Plans):
                     metadata.plan.runs_all = True
@@ -145,13 +158,15 @@ class _Calls:
         """Yield a batch as it may come: of chains or trees, all as long or not, in rows or not."""
         batch, P = len(metadata.state_indices), metadata.max_drafts
         counts = torch.arange(batch + 1, dtype=self.dtype)
-        chains = replace(metadata, num_accepted=torch.ones_like(counts[1:]))
         parents = torch.zeros(batch, P, dtype=self.dtype)
         none = parents - 1
-        trees = replace(chains, parents=parents, next_token=none, next_sibling=none)
-        for batches in (chains,) if drafts is None else (chains, trees):
-            for cu_seqlens in (None, counts * P):
-                drafted = replace(batches, cu_seqlens=cu_seqlens)
+        trees = replace(metadata, parents=parents, next_token=none, next_sibling=none)
+        accepted: list[Tensor | None] = [None]
+        if not isinstance(drafts, SnapshotDrafts):  # which do not read it
+            accepted.append(torch.ones_like(counts[1:]))
+        for batches in (metadata,) if drafts is None else (metadata, trees):
+            for cu_seqlens, pending in product((None, counts * P), accepted):
+                drafted = replace(batches, cu_seqlens=cu_seqlens, num_accepted=pending)
                 yield drafted
                 if isinstance(drafts, SnapshotDrafts):
                     yield replace(drafted, rows=counts[:batch])

@@ -327,3 +327,22 @@ def test_ops_are_bound_for_tensors_on_the_cpu(gpu: Simulator) -> None:
     normalised = torch.nn.functional.rms_norm(x.double(), (32,), eps=1e-6)
     assert_close(out, normalised * torch.nn.functional.silu(torch.ones(1)))
     assert ops.kernels
+
+
+def test_a_nan_is_no_padding_to_a_norm(gpu: Simulator) -> None:
+    spec = GdnSpec(
+        num_k_heads=1,
+        num_v_heads=2,
+        head_k_dim=16,
+        head_v_dim=16,
+        dtype=torch.float32,
+        state_dtype=torch.float32,
+    )
+    x, gate = random(3, 2, 16), random(3, 2, 16)
+    x[1, 0, 5], x[2, 1] = torch.nan, 0
+
+    out = bind_simulated(spec, gpu.arch).gated_rms_norm(x, gate, torch.ones(16))
+
+    assert out[1, 0].isnan().all()
+    assert not out[2, 1].any()
+    assert out[0].isfinite().all()

@@ -43,3 +43,11 @@ def test_the_command_reports_tokens_and_times_of_both(
     assert all(min(row["as it is"], row["in use"]) > 0 for row in report["milliseconds"])
     assert "greedy tokens, float32: 128 of 128 the same" in printed
     assert "model decode 2 x 20" in printed
+
+
+def test_a_device_that_is_not_here_is_said_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        hugging_face.main(["--device", "cuda:99"])
+
+    assert end.value.code == 2
+    assert "error: device 'cuda:99' cannot be used: " in capsys.readouterr().err

@@ -122,6 +122,8 @@ def test_doctor_reports_the_present_device(command: Command) -> None:
     choices = document["backends"]["reference"]
     assert {choice["op"]: choice["kernel"] for choice in choices} == KERNELS
     assert all(choice["chosen"] and choice["reasons"] == [] for choice in choices)
+    assert document["serves"] == KERNELS
+    assert document[select.OVERRIDE_VARIABLE] is None
 
 
 @pytest.mark.parametrize(("arch", "kind"), [("sm90", "cuda"), ("gfx942", "rocm"), ("cpu", "cpu")])
@@ -135,6 +137,31 @@ def test_doctor_explains_a_device_that_is_not_here(command: Command, arch: str, 
         if choice["chosen"]
     ]
     assert chosen == [op.value for op in Op]
+
+
+def test_doctor_says_what_the_environment_makes_serve(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    override = "reference,conv1d_update=triton.conv1d_update"
+    monkeypatch.setenv(select.OVERRIDE_VARIABLE, override)
+
+    document = command.document("doctor", "--arch", "gfx942")
+    lines = command("doctor", "--arch", "gfx942").stdout.splitlines()
+
+    assert document[select.OVERRIDE_VARIABLE] == override
+    assert document["serves"]["decode_step"] == "composed.decode_step"
+    assert document["serves"]["conv1d_update"] == "triton.conv1d_update"
+    assert f"{select.OVERRIDE_VARIABLE}={override}" in [line.strip() for line in lines]
+    assert [line for line in lines if "triton.conv1d_update" in line and "serves" in line]
+    assert not [line for line in lines if "triton.decode_step" in line]
+
+
+def test_doctor_refuses_what_the_environment_misspells(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(select.OVERRIDE_VARIABLE, "refrence")
+
+    assert "did you mean 'reference'?" in command.mistake("doctor", "--arch", "gfx942")
 
 
 def test_doctor_reads_a_config_and_divides_its_heads(command: Command, config: Path) -> None:

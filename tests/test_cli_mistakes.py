@@ -201,3 +201,9 @@ def test_no_command_shows_the_help(command: Command) -> None:
     assert outcome.code in (0, 2)
     assert "demo" in outcome.stdout + outcome.stderr
     assert "doctor" in outcome.stdout + outcome.stderr
+
+
+def test_a_kernel_to_time_that_names_no_op_where_cases_are_listed(command: Command) -> None:
+    assert "kernel is 'foo', needs library.op" in command.mistake(
+        "bench", "--list", "--kernels", "foo"
+    )

@@ -439,6 +439,35 @@ def test_a_pool_may_be_larger_than_four_gibibytes(name: str) -> None:
         assert not other[4:-4].any()
 
 
+def test_heads_may_lie_further_apart_than_an_int32_holds() -> None:
+    ops, rng, T = bind(SPEC, "cuda", backend="triton"), _rng(), 70
+
+    def far(near: Tensor) -> Tensor:
+        others, V = near.shape[1] - 1, near.shape[2]
+        stride = 2**31 // others + 1024
+        memory = torch.empty(others * stride + T * V, dtype=near.dtype, device="cuda")
+        return memory.as_strided(near.shape, (V, stride, 1)).copy_(near)
+
+    q, k = (_normal(rng, T, 2, 128, dtype=SPEC.dtype) for _ in range(2))
+    v = _normal(rng, T, 4, 128, dtype=SPEC.dtype)
+    g, beta = -_normal(rng, T, 4).abs(), _normal(rng, T, 4).sigmoid()
+    weight = torch.ones(128, device="cuda")
+    outputs = []
+    for apart in (lambda x: x, far):
+        pool = _pool(SPEC, 2, range(2))
+        assert pool.state is not None
+        metadata = PrefillMetadata(_index(0, T), _index(1))
+        o = ops.chunk_prefill(
+            apart(q), apart(k), apart(v), g, beta, pool.state, metadata=metadata,
+            out=apart(torch.empty_like(v)),
+        )  # fmt: skip
+        y = ops.gated_rms_norm(apart(o), apart(v), weight, out=apart(torch.empty_like(v)))
+        outputs.append((pool.state, o.contiguous(), y.contiguous()))
+
+    for one, other in zip(*outputs, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_prefill_and_a_decode_may_run_at_once_on_other_slots() -> None:
     ops = bind(SPEC, "cuda")
     one, other = _pool(SPEC, 11, range(11)), _pool(SPEC, 11, range(11))

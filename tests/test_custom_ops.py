@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn_portable import (
     GdnOps,
+    GdnParams,
     GdnSpec,
     InputError,
     Op,
@@ -268,6 +269,28 @@ def test_lengths_on_the_host_reach_the_kernel_with_the_plan(
     ops.chunk_prefill(**{**arguments, "metadata": replace(batch, plan=None)})
 
     assert seen == [[70, 60], [30, 100], None, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pools_in_pages_of_one_dtype_are_written_by_compiled_code(dtype: torch.dtype) -> None:
+    spec = replace(SPEC, dtype=dtype, state_dtype=dtype)
+    ops = custom_ops.register(bind(spec, "cpu"), custom_ops.free_name("pages"))
+    pages, plain = (StatePool.allocate(spec, 3, "cpu", paged=on) for on in (True, False))
+    x, weight = torch.randn(2, spec.conv_dim).to(dtype), torch.randn(spec.conv_dim, 4).to(dtype)
+    a, zeros, slots = torch.randn(2, spec.num_v_heads), torch.zeros(spec.num_v_heads), [2, 0]
+    params = GdnParams(weight, zeros, zeros)
+
+    def decode(pool: StatePool) -> Tensor:
+        return ops.decode_step(x, a, a, params, pool, state_indices=torch.tensor(slots))
+
+    with torch.no_grad():
+        traced = torch.compile(decode, fullgraph=True, backend="aot_eager")(pages)
+        close(traced, decode(plain))
+
+    assert pages.state is not None and pages.conv_state is not None
+    assert pages.state.untyped_storage().data_ptr() == pages.conv_state.untyped_storage().data_ptr()
+    close(pages.state, plain.state)
+    close(pages.conv_state, plain.conv_state)
 
 
 def test_the_norm_is_traced_whole() -> None:

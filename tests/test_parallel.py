@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -116,11 +117,13 @@ def test_gradients_are_those_of_the_whole_layer(ranks: Ranks) -> None:
 class Mesh:
     """A mesh of ranks, for what is refused before it is used."""
 
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
+    mesh_dim_names = ("dp", "tp")
+
+    def __init__(self, *ranks: int) -> None:
+        self.ranks, self.ndim = ranks, len(ranks)
 
     def size(self) -> int:
-        return self.ranks
+        return math.prod(self.ranks)
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:
@@ -133,3 +136,14 @@ def test_heads_that_do_not_divide_are_refused() -> None:
 def test_another_module_is_refused() -> None:
     with pytest.raises(InputError, match="module is a Linear, needs a GatedDeltaNet"):
         HeadParallel()._apply(nn.Linear(2, 2), Mesh(2))  # type: ignore[arg-type]
+
+
+def test_a_mesh_of_more_axes_is_refused_with_the_layer_as_it_was() -> None:
+    layer = GatedDeltaNet(SPEC, HIDDEN)
+    before = {name: weight.clone() for name, weight in layer.state_dict().items()}
+
+    with pytest.raises(InputError, match=r"has 2 axes, needs one: mesh\['dp'\] or mesh\['tp'\]"):
+        HeadParallel()._apply(layer, Mesh(1, 2))  # type: ignore[arg-type]
+
+    assert layer.spec == SPEC
+    assert [name for name, was in before.items() if not layer.state_dict()[name].equal(was)] == []

@@ -114,18 +114,38 @@ def _prefill(ops: GdnOps, size: int, pool: StatePool) -> None:
         ops.prefill_step(*_layer(tokens), PARAMS, pool, metadata=metadata, gate=_gate(tokens))
 
 
+def _prefill_of_a_prefix_cache(ops: GdnOps, size: int, pool: StatePool) -> None:
+    flags = torch.zeros(size + 1, dtype=torch.bool)[1:]
+    for fresh, target, kept in (
+        (None, None, None),
+        (flags, None, None),
+        (flags, _index(size), None),
+        (flags, None, _index(size)),
+    ):
+        metadata = PrefillMetadata(_offsets(size, 1), _index(size), fresh, target, kept, kept)
+        ops.prefill_step(*_layer(16), PARAMS, pool, metadata=metadata, gate=_gate(16))
+
+
 def _decode(ops: GdnOps, size: int, pool: StatePool) -> None:
     slots = {"state_indices": _index(size), "out_state_indices": _index(size)}
     ops.decode_step(*_layer(size), PARAMS, pool, **slots, gate=_gate(size))
 
 
-def _verify(ops: GdnOps, size: int, pool: StatePool, drafts: Drafts | None, **tree: Tensor) -> None:
+def _verify(
+    ops: GdnOps,
+    size: int,
+    pool: StatePool,
+    drafts: Drafts | None,
+    *,
+    pending: bool = True,
+    **tree: Tensor,
+) -> None:
     slots = _index(size * P).view(size, P) if drafts is None else _index(size)
     metadata = VerifyMetadata(
         slots,
         P,
         cu_seqlens=_offsets(size, P),
-        num_accepted=_index(size),
+        num_accepted=_index(size) if pending else None,
         rows=_index(size) if isinstance(drafts, SnapshotDrafts) else None,
         **tree,
     )
@@ -153,6 +173,10 @@ def _replay_of_a_tree(ops: GdnOps, size: int, pool: StatePool) -> None:
     _verify(ops, size, pool, ReplayDrafts.allocate(SPEC, SLOTS, P, "cpu"), **_links(size))
 
 
+def _first_replay(ops: GdnOps, size: int, pool: StatePool) -> None:
+    _verify(ops, size, pool, ReplayDrafts.allocate(SPEC, SLOTS, P, "cpu"), pending=False)
+
+
 def _snapshots(ops: GdnOps, size: int, pool: StatePool) -> None:
     _verify(ops, size, pool, SnapshotDrafts.allocate(SPEC, SLOTS, P, "cpu"))
 
@@ -163,6 +187,10 @@ def _snapshots_of_a_tree(ops: GdnOps, size: int, pool: StatePool) -> None:
 
 def _slot_table(ops: GdnOps, size: int, pool: StatePool) -> None:
     _verify(ops, size, pool, None)
+
+
+def _first_slot_table(ops: GdnOps, size: int, pool: StatePool) -> None:
+    _verify(ops, size, pool, None, pending=False)
 
 
 REPLAY = {"prepare", "_replay", "_gated_rms_norm", "_commit_replay"}
@@ -237,12 +265,15 @@ def test_a_prefill_is_compiled_twice_with_sequences_cut_and_whole(ops: GdnOps) -
     ("step", "protocols"),
     [
         (_prefill, ()),
+        (_prefill_of_a_prefix_cache, ()),
         (_decode, ()),
         (_replay, [DraftProtocol.REPLAY]),
+        (_first_replay, [DraftProtocol.REPLAY]),
         (_replay_of_a_tree, [DraftProtocol.REPLAY]),
         (_snapshots, [DraftProtocol.SNAPSHOT]),
         (_snapshots_of_a_tree, [DraftProtocol.SNAPSHOT]),
         (_slot_table, [DraftProtocol.SLOT_TABLE]),
+        (_first_slot_table, [DraftProtocol.SLOT_TABLE]),
         (_slot_table, None),
     ],
     ids=lambda given: getattr(given, "__name__", str(given)).removeprefix("_"),

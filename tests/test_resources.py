@@ -196,6 +196,16 @@ def test_registers_and_shared_memory_say_how_many_warps_are_resident(
     assert resident_warps(arch, warps, registers, shared) == resident
 
 
+@pytest.mark.parametrize("option", ["--arch", "--compiler"])
+def test_a_gpu_or_compiler_that_is_none_is_refused(option: str) -> None:
+    command = (sys.executable, "-m", "ci.resources", option, "gfx1")
+
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=compilers.ROOT)
+
+    assert ended.returncode == 2
+    assert f"{option} is gfx1, needs " in " ".join(ended.stderr.split())
+
+
 def test_a_table_is_read_as_it_was_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(table, "TABLES", tmp_path / "tables")
 

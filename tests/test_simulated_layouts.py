@@ -24,6 +24,7 @@ from gdn_portable import (
     ReplayDrafts,
     SnapshotDrafts,
     StatePool,
+    VerifyMetadata,
 )
 from gdn_portable.testing import Case, cases
 from tests.cases import assert_identical, copies
@@ -144,3 +145,27 @@ def test_an_engines_convention_gives_the_same_bits_without_a_copy(
         for part in fields(holder)
     }
     assert given and set().union(*given.values()) <= engines
+
+
+def test_links_left_behind_the_last_draft_change_nothing_on_amd(amd_gpu: Simulator) -> None:
+    outputs = []
+    for stale in (-1, 1):
+        links = torch.tensor([[1, -1, -1, stale]]), torch.tensor([[-1, 2, -1, stale]])
+        metadata = VerifyMetadata(
+            torch.tensor([1]), 4, torch.tensor([0, 3]), next_token=links[0], next_sibling=links[1]
+        )
+        rng = torch.Generator().manual_seed(0)
+        mixed = torch.randn(3, SPEC.conv_dim, generator=rng).to(SPEC.dtype)
+        weight = torch.randn(SPEC.conv_dim, SPEC.conv_width, generator=rng).to(SPEC.dtype)
+        pool = StatePool.allocate(SPEC, 2, "cpu")
+        assert pool.conv_state is not None
+        drafts = SnapshotDrafts.allocate(SPEC, 1, 4, "cpu")
+        verify = _bound(SPEC, amd_gpu.arch).conv1d_verify
+
+        outputs.append(
+            verify(mixed, weight, None, pool.conv_state, metadata=metadata, drafts=drafts)
+        )
+        assert metadata.parents is not None
+        assert metadata.parents[0, :3].tolist() == [0, 0, 0]
+
+    assert torch.equal(*outputs)

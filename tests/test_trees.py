@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gdn_portable import ConvLayout, GdnSpec, StateLayout, VerifyMetadata
+from gdn_portable.reference.trees import parents_from_links
 from tests.cases import (
     SPEC,
     ab,
@@ -123,6 +124,16 @@ def test_stale_parents_are_replaced_when_the_children_change(make_drafts):
     check_ops(SPEC, rng, states, 18, metadata=metadata, drafts=make_drafts(SPEC, 6, 6))
 
     assert torch.equal(metadata.parents[:, 1:].long(), FORKS.flip(0)[:, 1:])
+
+
+def test_links_left_behind_the_last_draft_change_nothing():
+    # two sequences of three drafts, a root with two children
+    links = torch.tensor([[1, -1, -1, -1]] * 2), torch.tensor([[-1, 2, -1, -1]] * 2)
+    clean = parents_from_links(*links)
+    links[0][0, 3], links[1][1, 3] = 1, 1
+
+    assert torch.equal(parents_from_links(*links)[:, :3], clean[:, :3])
+    assert clean.tolist() == [[0, 0, 0, 0]] * 2
 
 
 @protocols

@@ -13,11 +13,11 @@ from torch import Tensor
 from gdn_portable import (
     GdnOps,
     GdnSpec,
-    InputError,
     Op,
     ReplayDrafts,
     SnapshotDrafts,
     StatePool,
+    UnsupportedCallError,
     VerifyMetadata,
 )
 from gdn_portable.testing import ABSOLUTE, Case
@@ -313,7 +313,7 @@ def test_replay_refuses_a_tree_whose_paths_do_not_fit_before_anything_is_written
     call = verify(SPEC, 32, drafts=drafts, parents=torch.zeros(3, 32, dtype=torch.int32))
     before = copies(call)
 
-    with pytest.raises(InputError, match="max_drafts of a tree is 32, needs at most 31"):
+    with pytest.raises(UnsupportedCallError, match="max_drafts of a tree is 32, needs at most 31"):
         simulated(SPEC).verify_step(**call)
 
     assert_identical(call, before)

@@ -235,6 +235,7 @@ def test_what_was_run_before_the_end_is_reported(
         (("--layer", "tiny"), "layer is 'tiny', needs model, bf16-state"),
         (("--op", "decode"), "op is 'decode', needs conv1d_prefill"),
         (("--case", "nothing*"), "no case of these ops is called nothing*, needs one"),
+        (("--op", "plan_prefill"), "there is no case of plan_prefill, needs an op that has one"),
         (("--backend", "referense"), "did you mean 'reference'?"),
     ],
 )

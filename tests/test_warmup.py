@@ -137,6 +137,18 @@ def test_warmup_refuses_a_protocol_that_is_none(protocols: Any) -> None:
         bind(SPEC, "cpu").warmup(protocols=protocols)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [{"batch_sizes": 4}, {"batch_sizes": (1, -1)}, {"prefill_tokens": (2.0,)}, {"max_drafts": -1}],
+    ids=str,
+)
+def test_warmup_refuses_sizes_that_are_no_numbers_of_tokens_or_sequences(sizes: Any) -> None:
+    name = next(iter(sizes))
+
+    with pytest.raises(InputError, match=f"{name} is .*, needs whole numbers of at least 0"):
+        bind(SPEC, "cpu").warmup(**sizes)
+
+
 def test_warmup_of_no_size_runs_nothing() -> None:
     said: list[str] = []
 

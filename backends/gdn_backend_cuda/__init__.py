@@ -2,10 +2,11 @@
 """Kernels for NVIDIA: those of others and our own where they are right and fast, then the shared.
 
 The shared Triton decode and verify are faster than FlashInfer's at every batch size on an H200,
-so they come first; FlashInfer's serve where they are named. Replay of chains of up to sixteen
-drafts in one kernel of the CuTe DSL is faster still, and leaves all other drafts to Triton. Which
-prefill is fastest depends on the batch: it is chosen by times, those in ``tuned`` or those that the
-command ``tune`` took.
+so they come first; FlashInfer's serve where they are named. ``cute.verify_step`` replays chains of
+up to sixteen drafts in one kernel of the CuTe DSL, faster still from some batch size on. It and
+``flashinfer.mtp_verify`` call Triton's kernels themselves for drafts that theirs do not take, which
+no name shows: their modules list them. Which prefill is fastest depends on the batch: it is chosen
+by times, those in ``tuned`` or those that the command ``tune`` took.
 """
 
 from __future__ import annotations

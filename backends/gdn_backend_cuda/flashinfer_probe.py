@@ -7,8 +7,8 @@ Nothing is imported before a table is asked: by ``bind``, ``explain`` or ``docto
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -69,7 +69,7 @@ def _unusable(function: str) -> str | None:
     reason = lacks(module, (name,))
     if reason is not None:
         return reason
-    found = getattr(importlib.import_module(module), name)
+    found = pkgutil.resolve_name(function)
     missing = [each for each in SEMANTIC[function] if each not in parameters(found)]
     return f"{function} has no parameter {', '.join(missing)}" if missing else None
 
@@ -81,8 +81,7 @@ def parameters(function: Callable[..., Any]) -> frozenset[str]:
 
 def load(function: str) -> Callable[..., Any]:
     """Return a function, given what only tunes it where it knows of that."""
-    module, _, name = function.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    found: Callable[..., Any] = pkgutil.resolve_name(function)
     known = parameters(found)
     given = {key: value for key, value in TUNING.items() if key in known}
     return functools.partial(found, **given) if given else found

@@ -7,6 +7,10 @@ padding. Lengths it reads on the host: from ``seq_lens_cpu``, else it waits for 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from gdn_backend_triton import installed_triton, is_before
 from gdn_backend_triton.launch import empty_like, lazily, refuse_gradients
@@ -15,7 +19,7 @@ from torch import Tensor
 from gdn_backend_rocm.aiter_source import Function
 from gdn_portable.errors import UnsupportedCallError
 from gdn_portable.interface import ChunkPrefill, PlanPrefill
-from gdn_portable.metadata import PrefillMetadata, SnapshotDrafts, VerifyMetadata
+from gdn_portable.metadata import PrefillMetadata, SnapshotDrafts, VerifyMetadata, plan_of
 from gdn_portable.spec import Device, GdnSpec
 from gdn_portable.state import StatePool
 
@@ -38,6 +42,13 @@ COMMIT = lazily("gdn_backend_triton.mtp_commit:make_mtp_commit")
 WITHOUT_BLOCK_POINTERS = (3, 9)  # the Triton that does not compile aiter's kernels
 
 
+@dataclass(frozen=True, slots=True)
+class AiterPlan:
+    """aiter's own schedule of a batch."""
+
+    made: Any
+
+
 def prefill_is_missing() -> str | None:
     """Return why either function cannot be called."""
     missing = CHUNK_GATED_DELTA_RULE_OPT_VK.missing() or BUILD_PREFILL_METADATA.missing()
@@ -49,21 +60,30 @@ def prefill_is_missing() -> str | None:
 
 def make_plan_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -> PlanPrefill:
     """Return the op: aiter's schedule, made of lengths on the host, of tensors that are new."""
-    build = BUILD_PREFILL_METADATA.load()
+    make_plan = _planner()
 
     def plan_prefill(metadata: PrefillMetadata) -> None:
+        metadata.plan = make_plan(metadata)
+
+    return plan_prefill
+
+
+def _planner() -> Callable[[PrefillMetadata], AiterPlan]:
+    build = BUILD_PREFILL_METADATA.load()
+
+    def make_plan(metadata: PrefillMetadata) -> AiterPlan:
         lengths = metadata.seq_lens_cpu
         if lengths is None:
             lengths = metadata.cu_seqlens.diff().tolist()
-        metadata.plan = build(seq_lens_cpu=lengths, cu_seqlens=metadata.cu_seqlens)
+        return AiterPlan(build(seq_lens_cpu=lengths, cu_seqlens=metadata.cu_seqlens))
 
-    return plan_prefill
+    return make_plan
 
 
 def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -> ChunkPrefill:
     """Return the op, without checkpoints; a graph cannot capture it."""
     prefill = CHUNK_GATED_DELTA_RULE_OPT_VK.load(deterministic=deterministic)
-    plan_prefill = make_plan_prefill(spec, device, deterministic=deterministic)
+    make_plan = _planner()
     commit = COMMIT(spec, device, deterministic=deterministic)
 
     def chunk_prefill(
@@ -81,8 +101,7 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
         refuse_gradients(q)
         if metadata.checkpoint_offsets is not None:
             raise UnsupportedCallError("checkpoint_offsets is given: the kernel keeps no states")
-        if metadata.plan is None:
-            plan_prefill(metadata)
+        plan = plan_of(metadata, AiterPlan) or make_plan(metadata)
         if out is None:
             out = empty_like(v)
         cu_seqlens, slots = metadata.cu_seqlens, metadata.state_indices
@@ -96,12 +115,12 @@ def make_chunk_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) ->
             is_read &= metadata.has_initial_state[:N]
         initial = state.index_select(0, slots.clamp(min=0)).contiguous()
         initial.masked_fill_(~is_read[:, None, None, None], 0)
-        T = metadata.plan.schedule.total_prefill_tokens  # type: ignore[attr-defined]
+        T = plan.made.schedule.total_prefill_tokens
         y, final = prefill(
             q=q[:T].contiguous()[None], k=k[:T].contiguous()[None], v=v[:T].contiguous()[None],
             g=g[:T].contiguous()[None], beta=beta[:T].contiguous()[None], scale=spec.q_scale,
             initial_state=initial, output_final_state=True, use_qk_l2norm_in_kernel=spec.qk_l2norm,
-            cu_seqlens=cu_seqlens, state_dtype=state.dtype, prefill_metadata=metadata.plan,
+            cu_seqlens=cu_seqlens, state_dtype=state.dtype, prefill_metadata=plan.made,
         )  # fmt: skip
         commit(
             StatePool(None, state),

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_backend_triton import is_before
-from gdn_backend_triton.chunk_prepare import CHUNK, attend, invert
+from gdn_backend_triton.chunk_prepare import CHUNK, attend, head_offset, invert
 from gdn_backend_triton.launch import (
     STEP_SIZES,
     STEP_TENSORS,
@@ -86,9 +86,9 @@ FLOAT32_TILES = {
     "sm103": Tile(BV=32, warps=8, stages=1, programs=148),
     "sm120": Tile(BV=32, warps=8, stages=1, programs=170),
 }
-# of 16-bit heads up to K = 128, with Triton 3.7 and 3.8: two programs would spill 3 to 26 registers
+# of 16-bit heads up to K = 128, with Triton before 3.9: two programs would spill up to 26 registers
 ONE_PROGRAM_TILES: dict[str, Tile] = {}
-if not is_before(triton.__version__, (3, 7)) and is_before(triton.__version__, (3, 9)):
+if is_before(triton.__version__, (3, 9)):
     ONE_PROGRAM_TILES["gfx942"] = Tile(BV=64, warps=8, stages=1, programs=304, options=NARROW_MFMA)
 SHORTEST = 4  # chunks of a segment
 AT_ONCE = tl.constexpr(8)  # chunks whose decay is asked for before the first is waited for
@@ -155,7 +155,7 @@ def _after(S, kt, u, factor, total, V_FIRST: tl.constexpr, PRECISION: tl.constex
     """Return the state that decayed by 2^total and got the updates u with ``factor`` k."""
     written = u * _by_token(factor, V_FIRST)
     if kt.dtype == tl.float16:
-        # the norm of a zero key is 1e-3: its inverse would overflow, and infinity times 0 is NaN
+        # of a short key it may be more: a zero key's norm is 1e-3, and infinity times 0 is NaN
         written = tl.minimum(tl.maximum(written, -65504.0), 65504.0)
     written = rounded(written, kt.dtype)
     S = S * tl.exp2(total)
@@ -279,8 +279,8 @@ def _bridge(
         if slow:
             warm_up = 0
     first -= warm_up * CHUNK
-    k += head // (HV // H) * k_h + first.to(tl.int64) * k_t
-    v += head * v_h + first.to(tl.int64) * v_t
+    k += head_offset(head // (HV // H), k_h, H) + first.to(tl.int64) * k_t
+    v += head_offset(head, v_h, HV) + first.to(tl.int64) * v_t
     i -= warm_up
     left = end - first
     if i_tile < TILES_V:
@@ -368,10 +368,10 @@ def _scan(
             tl.extra.cuda.gdc_wait()
         return
     base = first.to(tl.int64)
-    q += k_head * q_h + base * q_t
-    k += k_head * k_h + base * k_t
-    v += head * v_h + base * v_t
-    out += head * out_h + base * out_t
+    q += head_offset(k_head, q_h, H) + base * q_t
+    k += head_offset(k_head, k_h, H) + base * k_t
+    v += head_offset(head, v_h, HV) + base * v_t
+    out += head_offset(head, out_h, HV) + base * out_t
     attention += head * (CHUNK * CHUNK)
     inverse += head * (CHUNK * CHUNK)
     factors += head * (4 * CHUNK)

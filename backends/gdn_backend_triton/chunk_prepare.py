@@ -173,6 +173,12 @@ def _store_decayed(
     tl.store(inverse + _block(ROW, COLUMN), rounded(R, inverse.dtype.element_ty))
 
 
+@triton.jit
+def head_offset(head, stride: tl.constexpr, HEADS: tl.constexpr):
+    """Return head * stride: in 64 bits, which take registers, where heads lie so far apart."""
+    return (head.to(tl.int64) if stride * HEADS >= 2**31 else head) * stride
+
+
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def attend(
     q, k, g, beta, attention, keys, factors, decay_low, k_factor, bounds, cu_seqlens, state_indices,
@@ -212,9 +218,9 @@ def attend(
         # a loop where there are several: unrolled, all BK columns would be in registers at once
         for part_k in tl.range(start_k, start_k + BK, PART, num_stages=1):
             o_k = (part_k + tl.arange(0, PART))[None, :]
-            at = q + base * q_t + k_head * q_h + r[:, None] * q_t + o_k * q_k
+            at = q + base * q_t + head_offset(k_head, q_h, H) + r[:, None] * q_t + o_k * q_k
             qt = tl.load(at, mask=inside[:, None], other=0.0)
-            at = k + base * k_t + k_head * k_h + r[:, None] * k_t + o_k * k_k
+            at = k + base * k_t + head_offset(k_head, k_h, H) + r[:, None] * k_t + o_k * k_k
             kt = tl.load(at, mask=inside[:, None], other=0.0)
             seen = tl.dot(qt, tl.trans(kt), seen, input_precision=PRECISION)
             alike = tl.dot(kt, tl.trans(kt), alike, input_precision=PRECISION)

@@ -24,11 +24,11 @@ from gdn_backend_triton.launch import (
 from gdn_backend_triton.launches import Launch
 from gdn_backend_triton.maths import gates, rounded
 from gdn_backend_triton.overlap import begin
-from gdn_portable.errors import InputError
 from gdn_portable.interface import DecodeStep, RecurrentDecode
 from gdn_portable.metadata import GdnParams
 from gdn_portable.spec import Device, GdnSpec, StateLayout
 from gdn_portable.state import StatePool
+from gdn_portable.steps import both_pools, check_gate
 
 
 class Tile(NamedTuple):
@@ -348,9 +348,8 @@ def make_decode_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> D
         out: Tensor | None = None,
     ) -> Tensor:
         refuse_gradients(mixed_qkv)
-        weight, conv_state, state = params.norm_weight, pool.conv_state, pool.state
-        if conv_state is None or state is None or (gate is not None and weight is None):
-            raise InputError("needs both pools, and params.norm_weight where gate is given")
+        weight, (conv_state, state) = params.norm_weight, both_pools(pool)
+        check_gate(gate, params)
         B, dtype = mixed_qkv.shape[0], mixed_qkv.dtype
         if out is None:
             out = torch.empty(B, HV, V, dtype=dtype, device=mixed_qkv.device)

@@ -30,7 +30,7 @@ def norm_and_gate(x, gate, weight, eps, V: tl.constexpr, SILU: tl.constexpr):
     gate = gate.to(tl.float32)
     gate = silu(gate) if SILU else tl.sigmoid(gate)
     y = x * tl.rsqrt(mean + eps) * weight.to(tl.float32) * gate
-    return tl.where(mean > 0.0, y, 0.0)
+    return tl.where(mean == 0.0, 0.0, y)
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
@@ -42,7 +42,7 @@ def _gated_rms_norm(
     begin(OVERLAPS)
     row = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     t = (row // HV).to(tl.int64)[:, None]
-    h = (row % HV)[:, None]
+    h = (row % HV).to(tl.int64)[:, None]
     v = tl.arange(0, V)[None, :]
     mask = (row < num_rows)[:, None]
     values = tl.load(x + t * x_t + h * x_h + v * x_v, mask=mask, other=0.0).to(tl.float32)

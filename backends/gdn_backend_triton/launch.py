@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import pkgutil
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ STEP_SIZES = (
 STEP_TENSORS = (
     "cu_seqlens", "state_indices", "out_state_indices", "has_initial_state", "checkpoint_offsets",
     "checkpoint_indices", "num_accepted", "rows", "parents", "next_token", "next_sibling",
-    "last_accepted", "a", "b", "read", "reach", "write",
+    "last_accepted", "a", "b", "read", "write",
 )  # fmt: skip
 
 
@@ -69,10 +69,9 @@ def lazily(path: str) -> MakeLauncher:
     Triton launches on the current device: where the bound device has a number, the launcher makes
     it the current one.
     """
-    module, _, function = path.partition(":")
 
     def make(spec: GdnSpec, device: Device, *, deterministic: bool) -> Launcher:
-        maker: MakeLauncher = getattr(importlib.import_module(module), function)
+        maker: MakeLauncher = pkgutil.resolve_name(path)
         launcher = maker(spec, device, deterministic=deterministic)
         return launcher if device.index is None else _on_device(launcher, device.index)
 

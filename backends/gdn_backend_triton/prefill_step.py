@@ -10,11 +10,11 @@ from torch import Tensor
 from gdn_backend_triton.chunk_prefill import make_chunk_prefill
 from gdn_backend_triton.conv1d import FrontEnd, make_front_end
 from gdn_backend_triton.gated_rms_norm import make_gated_rms_norm
-from gdn_portable.errors import InputError
 from gdn_portable.interface import ChunkPrefill, GatedRmsNorm, PlanPrefill, PrefillStep
 from gdn_portable.metadata import GdnParams, PrefillMetadata
 from gdn_portable.spec import Device, GdnSpec
 from gdn_portable.state import StatePool
+from gdn_portable.steps import both_pools, check_gate
 
 
 def make_plan_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -> PlanPrefill:
@@ -54,9 +54,8 @@ def join_prefill(
         gate: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        weight, conv_state, state = params.norm_weight, pool.conv_state, pool.state
-        if conv_state is None or state is None or (gate is not None and weight is None):
-            raise InputError("needs both pools, and params.norm_weight where gate is given")
+        weight, (conv_state, state) = params.norm_weight, both_pools(pool)
+        check_gate(gate, params)
         # rows of checkpoint_state are no slots: no window is kept beside them
         q, k, v, g, beta = front_end(
             mixed_qkv,

@@ -36,7 +36,7 @@ from gdn_backend_triton.launches import Launch
 from gdn_backend_triton.maths import rounded, upper_half
 from gdn_backend_triton.replay_inputs import place, prepare
 from gdn_backend_triton.taps import strides
-from gdn_portable.errors import InputError
+from gdn_portable.errors import UnsupportedCallError
 from gdn_portable.metadata import Drafts, ReplayDrafts, VerifyMetadata
 from gdn_portable.spec import Device, GdnSpec
 
@@ -207,7 +207,7 @@ def _replay(
     state, state_indices, num_accepted, cu_seqlens, rows_of_X, values, solution, out, B, T,
     state_s, state_h, state_v, state_k, indices_b, accepted_b, cu_b, out_t, out_h, out_v,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr,
-    ROOM: tl.constexpr, R: tl.constexpr, RK: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+    ROOM: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr, TERMS: tl.constexpr,
     UPDATE_TERMS: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
@@ -354,8 +354,8 @@ def make_replay(spec: GdnSpec, device: Device, *, deterministic: bool) -> Callab
             sequences * HV * (V // rows),
             (state, indices, accepted, cu, X, values, solution, out),
             (B, T),
-            (*state.stride(), *batch, *out.stride(), H, HV, K, V, *sizes, rows, chunk, size, width,
-             PAD, terms, update_terms, precision),
+            (*state.stride(), *batch, *out.stride(), H, HV, K, V, P, room, R, rows, chunk, size,
+             width, PAD, terms, update_terms, precision),
         )  # fmt: skip
 
     return launch
@@ -365,10 +365,10 @@ def refuse_large_trees(metadata: VerifyMetadata, drafts: Drafts | None) -> None:
     """Raise where a path through a tree would not fit into the bits of an int32.
 
     Raises:
-        InputError: replay is asked for a tree of more than 31 drafts.
+        UnsupportedCallError: replay is asked for a tree of more than 31 drafts.
     """
     if isinstance(drafts, ReplayDrafts) and metadata.is_tree and metadata.max_drafts > MOST_DRAFTS:
-        raise InputError(
+        raise UnsupportedCallError(
             f"max_drafts of a tree is {metadata.max_drafts}, needs at most {MOST_DRAFTS} for replay"
         )
 

@@ -26,8 +26,10 @@ def _fill_parents(
     child = tl.load(next_token + b * token_b + draft * token_p, mask=drafted, other=-1)
     sibling = tl.load(next_sibling + b * sibling_b + draft * sibling_p, mask=drafted, other=-1)
     linked = draft[:, None]
-    child_of = tl.max(tl.where(child[None, :] == linked, draft[None, :], -1), 1)
-    after = tl.max(tl.where(sibling[None, :] == linked, draft[None, :], -1), 1)
+    # links go forward; what is left behind a sequence's last draft may not
+    forward = draft[None, :] < linked
+    child_of = tl.max(tl.where(forward & (child[None, :] == linked), draft[None, :], -1), 1)
+    after = tl.max(tl.where(forward & (sibling[None, :] == linked), draft[None, :], -1), 1)
     # walk to the first sibling, twice as far each time
     first = tl.where(after < 0, draft, after)
     for _ in tl.static_range(DOUBLINGS):
@@ -41,7 +43,7 @@ def make_fill_parents(device: Device) -> Callable[[VerifyMetadata, int], None]:
     """Return what fills ``metadata.parents`` of a batch from its links, where it has them.
 
     Written in place where it is a tensor, else allocated as [batch, P] and stored. A draft that
-    nothing links to becomes a child of the root; a link outside of the tree is none.
+    nothing links to becomes a child of the root; a link back or outside of the tree is none.
     """
     launch = Launch(_fill_parents, device, num_warps=1)
 

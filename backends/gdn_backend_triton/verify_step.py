@@ -12,7 +12,6 @@ from gdn_backend_triton.launch import empty_like, refuse_gradients
 from gdn_backend_triton.mtp_verify import make_recurrence
 from gdn_backend_triton.replay import Convolution, make_replay, refuse_large_trees
 from gdn_backend_triton.trees import make_fill_parents
-from gdn_portable.errors import InputError
 from gdn_portable.interface import VerifyStep
 from gdn_portable.metadata import (
     Drafts,
@@ -23,6 +22,7 @@ from gdn_portable.metadata import (
 )
 from gdn_portable.spec import Device, GdnSpec
 from gdn_portable.state import StatePool
+from gdn_portable.steps import both_pools, check_gate
 
 
 def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> VerifyStep:
@@ -43,11 +43,9 @@ def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> V
     ) -> Tensor:  # fmt: skip
         refuse_gradients(mixed_qkv)
         refuse_large_trees(metadata, drafts)
-        if pool.conv_state is None or pool.state is None:
-            raise InputError("a pool is None, needs both: a step uses both")
+        conv_state, state = both_pools(pool)
+        check_gate(gate, params)
         rates, weight = (params.A_log, params.dt_bias), params.norm_weight
-        if gate is not None and weight is None:
-            raise InputError("gate is given and params.norm_weight is None, needs both or neither")
         T, P, cu_seqlens = mixed_qkv.shape[0], metadata.max_drafts, metadata.cu_seqlens
         if out is None:
             out = torch.empty(T, HV, V, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
@@ -56,18 +54,18 @@ def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> V
         if isinstance(drafts, ReplayDrafts):
             draft_protocol(metadata, drafts)
             fill_parents(metadata, T // P if cu_seqlens is None else cu_seqlens.shape[0] - 1)
-            convolution = Convolution(params.conv_weight, params.conv_bias, pool.conv_state)
+            convolution = Convolution(params.conv_weight, params.conv_bias, conv_state)
             replay(
-                mixed_qkv, mixed_qkv, mixed_qkv, a, b, *rates, pool.state, metadata=metadata,
+                mixed_qkv, mixed_qkv, mixed_qkv, a, b, *rates, state, metadata=metadata,
                 drafts=drafts, out=out, convolution=convolution,
             )  # fmt: skip
         else:
             mixed = conv1d_verify(
-                mixed_qkv, params.conv_weight, params.conv_bias, pool.conv_state,
+                mixed_qkv, params.conv_weight, params.conv_bias, conv_state,
                 metadata=metadata, drafts=drafts, out=empty_like(mixed_qkv),
             )  # fmt: skip
             recurrence(
-                mixed, mixed, mixed, a, b, *rates, pool.state, metadata=metadata, drafts=drafts,
+                mixed, mixed, mixed, a, b, *rates, state, metadata=metadata, drafts=drafts,
                 out=out,
             )  # fmt: skip
         if gate is None or weight is None:

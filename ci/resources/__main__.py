@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
@@ -37,6 +37,7 @@ def main(
     if write and (every or models):
         raise typer.BadParameter("--write needs all calls of the tables: no --every, no --models")
     console = Console(soft_wrap=True)
+    _refuse_others("--compiler", compiler, compilers.names())
     chosen = compiler or compilers.names()
     for name in chosen:
         if not compilers.is_installed(name):
@@ -46,6 +47,7 @@ def main(
         return
     calls = "every" if every else "models" if models else "table"
     jobs = [(gpu, name) for name in chosen for gpu in compilers.gpus(name)]
+    _refuse_others("--arch", arch, {gpu for gpu, _ in jobs})
     wrong = 0
     for (gpu, name), found in _compile([j for j in jobs if j[0] in (arch or j)], calls, console):
         lines = list(found.faults)
@@ -58,6 +60,12 @@ def main(
             console.print(f"  {line}", highlight=False)
         wrong += len(lines)
     raise typer.Exit(1 if wrong else 0)
+
+
+def _refuse_others(option: str, given: list[str] | None, known: Collection[str]) -> None:
+    for name in given or ():
+        if name not in known:
+            raise typer.BadParameter(f"{option} is {name}, needs {', '.join(sorted(known))}")
 
 
 def _compile(jobs: list[Job], calls: str, console: Console) -> Iterator[tuple[Job, table.Found]]:

@@ -30,7 +30,6 @@ OPS = (
 )
 DECODE_OPS = ("decode_step", "recurrent_decode", "conv1d_update")
 VERIFY_OPS = ("verify_step", "mtp_verify")
-GATED_OPS = ("chunk_prefill", "prefill_step")  # a kernel may skip what has decayed
 
 BATCHES = (1, 8, 32, 128, 512)
 VERIFY_BATCHES = (8, 32, 128)

@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gdn_portable.cli.options import present_device
 from gdn_portable.engines.transformers import use
+from gdn_portable.errors import InputError
 
 SIZES = {
     "hidden_size": 2048,
@@ -201,10 +203,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write JSON there")
     options = parser.parse_args(arguments)
+    try:
+        device = present_device(options.device)
+    except InputError as error:
+        parser.error(str(error))
     report = compare(
         SIZES,
         LOADS,
-        torch.device(options.device),
+        device,
         groups=options.groups,
         repeats=options.repeats,
         new_tokens=32,

@@ -17,14 +17,14 @@ from gdn_portable.bench.inputs import Batch
 from gdn_portable.errors import UnsupportedError
 from gdn_portable.interface import GdnOps
 from gdn_portable.metadata import DraftProtocol, SnapshotDrafts
-from gdn_portable.select import bind
+from gdn_portable.select import BUILTIN, bind
 from gdn_portable.spec import Device, Op
 from gdn_portable.steps import split_qkv
 
 Result = Tensor | Sequence[Tensor]  # of a front end q, k, v and more
 Call = Callable[[], Result]
 
-FRONT_END_BACKEND = "gdn_backend_triton"
+FRONT_END_BACKEND = BUILTIN["triton"].partition(":")[0]
 INCLUDES = {
     "decode_step": "conv, norms, gating, recurrence",
     "recurrent_decode": "norms, gating, recurrence",

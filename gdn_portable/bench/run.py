@@ -18,7 +18,7 @@ from gdn_portable.bench.inputs import Batch, Rotation, Slots
 from gdn_portable.bench.ours import Call, Contender, contenders
 from gdn_portable.bench.peers import peers
 from gdn_portable.bench.timing import WIDE_SPREAD, Clock, Timing, first_line, measure
-from gdn_portable.errors import GdnError, UnknownBackendError, UnsupportedError
+from gdn_portable.errors import DeviceLostError, UnknownBackendError, UnsupportedError
 from gdn_portable.spec import Device, Op, torch_device
 
 ROTATION = 256 * 2**20  # bytes that are touched before any is touched again
@@ -28,10 +28,6 @@ REPLAYS = 30
 REPLAYS_OF_PREFILL = 15
 PREFILL_OPS = ("front_end", "conv1d_prefill", "chunk_prefill", "prefill_step")
 LARGEST_DIFFERENCE = 0.05  # of results, relative to the largest value
-
-
-class DeviceLostError(GdnError):
-    """The device answers to nothing any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -156,7 +156,7 @@ def verify(
     for i, count in enumerate(accepted):
         if live[i] and not 0 <= count <= most and not isinstance(drafts, SnapshotDrafts):
             raise InputError(f"num_accepted[{i}] is {count}, needs 0 to {most}")
-    _tree(rules, metadata, lengths, live)
+    _tree(metadata, lengths, live)
 
 
 def _draft_lengths(rules: Rules, metadata: VerifyMetadata, rows: int) -> list[int]:
@@ -300,7 +300,7 @@ def _snapshots(
     return [row for row, on in zip(rows, live, strict=True) if on]
 
 
-def _tree(rules: Rules, metadata: VerifyMetadata, lengths: list[int], live: list[bool]) -> None:
+def _tree(metadata: VerifyMetadata, lengths: list[int], live: list[bool]) -> None:
     B, P = len(lengths), metadata.max_drafts
     if (metadata.next_token is None) != (metadata.next_sibling is None):
         raise InputError("next_token and next_sibling: needs both or neither")
@@ -377,7 +377,7 @@ def commit(
         if live[i] and not -1 <= draft < lengths[i]:
             raise InputError(f"last_accepted[{i}] is {draft}, needs -1 to {lengths[i] - 1}")
     rules.exclusive(live, source, target)
-    _tree(rules, metadata, lengths, live)
+    _tree(metadata, lengths, live)
     if isinstance(drafts, ReplayDrafts):
         _replay(rules, drafts, metadata.max_drafts, slots)
     else:

@@ -39,16 +39,17 @@ from gdn_portable.bench.host import host_rows
 from gdn_portable.bench.peers import libraries
 from gdn_portable.bench.plot import check_matplotlib, plot
 from gdn_portable.bench.report import Report, document_of, render
-from gdn_portable.bench.run import CACHES, ROTATION, DeviceLostError, Plan, run
+from gdn_portable.bench.run import CACHES, ROTATION, Plan, run
 from gdn_portable.bench.timing import GpuClock
 from gdn_portable.cli.options import (
     INTERRUPTED,
+    STOPPED,
     WIDTH,
     layer_of,
     memory_for,
     present_gpu,
 )
-from gdn_portable.errors import InputError
+from gdn_portable.errors import DeviceLostError, InputError
 from gdn_portable.select import detect_device
 from gdn_portable.spec import Op
 
@@ -88,10 +89,10 @@ def bench(
 ) -> None:
     """Time our ops and the installed peers side by side, with cold caches."""
     chosen = _cases(op, case, config, tp_size, drafts, everything=list_cases)
+    named = named_kernels(kernels)
     if list_cases:
         _print_cases(chosen, drafts)
         return
-    named = named_kernels(kernels)
     for path in filter(None, (json_path, plot_path)):
         if not path.absolute().parent.is_dir():
             raise InputError(f"{path} cannot be written: there is no folder {path.parent}")
@@ -246,6 +247,6 @@ def fill(
                 report.host.append(host_row)
             say("done")
         except KeyboardInterrupt:
-            report.interrupted = "stopped from the keyboard"
+            report.interrupted = STOPPED
         except DeviceLostError as error:
             report.interrupted = str(error)

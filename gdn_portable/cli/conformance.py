@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from gdn_portable.errors import GdnError, UnsupportedCallError, UnsupportedError
+from gdn_portable.errors import DeviceLostError, UnsupportedCallError, UnsupportedError
 from gdn_portable.interface import GdnOps
 from gdn_portable.select import bind
 from gdn_portable.spec import ConvLayout, GdnSpec, Op, StateLayout
@@ -59,10 +59,6 @@ LAYERS = {
         conv_width=2,
     ),
 }
-
-
-class DeviceLostError(GdnError):
-    """The device answers to nothing any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ from rich.table import Table
 from gdn_portable.cli.options import Dtype, default_device, imagined_device, layer_of
 from gdn_portable.errors import InputError
 from gdn_portable.select import (
+    OVERRIDE_VARIABLE,
     Choice,
     backend_names,
     default_backend,
@@ -45,23 +47,30 @@ def doctor(
 ) -> None:
     """Show the device, versions, and every kernel of every op with the reason for or against.
 
-    Libraries are those that are installed here, for an architecture that is not here as well.
+    Libraries are those that are installed here, for an architecture that is not here as well. What
+    GDN_PORTABLE_KERNELS names serves, as it does where an engine binds the ops.
     """
     if device is not None and arch is not None:
         raise InputError("--device and --arch are both given, needs one")
     facts = imagined_device(arch) if arch is not None else detect_device(default_device(device))
     spec = layer_of(config, tp_size, dtype.torch if dtype else None)
     names = sorted(backend_names(), key=lambda name: name != default_backend(facts))
+    override = os.environ.get(OVERRIDE_VARIABLE)
+    served = explain(spec, facts)  # as bind does: with what the environment names
     tables = {name: explain(spec, facts, backend=name) for name in names}
     found = versions()
     if as_json:
-        print(json.dumps(_document(facts, spec, found, tables), indent=2))
+        print(json.dumps(_document(facts, spec, found, override, served, tables), indent=2))
         return
     console = Console()
     console.print(_facts_table(facts, spec, found, is_here=arch is None))
     default, *others = names
     where = "here" if arch is None else "there"
-    console.print(_kernel_table(f"backend {default} (default {where})", tables[default]))
+    if override:
+        console.print(_kernel_table(f"{OVERRIDE_VARIABLE}={override}", served))
+        others = names
+    else:
+        console.print(_kernel_table(f"backend {default} (default {where})", served))
     if show_all:
         for name in others:
             console.print(_kernel_table(f"backend {name}", tables[name]))
@@ -73,6 +82,8 @@ def _document(
     device: Device,
     spec: GdnSpec,
     found: dict[str, str | None],
+    override: str | None,
+    served: tuple[Choice, ...],
     tables: dict[str, tuple[Choice, ...]],
 ) -> dict[str, object]:
     return {
@@ -85,6 +96,8 @@ def _document(
         "spec": {name: _plain(getattr(spec, name)) for name in spec.__dataclass_fields__},
         "versions": found,
         "default_backend": default_backend(device),
+        OVERRIDE_VARIABLE: override,
+        "serves": {choice.op.value: choice.kernel for choice in served if choice.chosen},
         "backends": {
             name: [
                 {

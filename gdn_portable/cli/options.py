@@ -14,6 +14,7 @@ from gdn_portable.spec import Device, GdnSpec
 
 SHARE_OF_MEMORY = 0.4
 INTERRUPTED = 130  # exit code
+STOPPED = "stopped from the keyboard"
 WIDTH = 200  # of what is not shown on a terminal
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from gdn_portable.bench.card import foreign_memory, l2_of, readings_of, warnings_of
 from gdn_portable.bench.floors import Rates
-from gdn_portable.bench.run import CACHES, ROTATION, DeviceLostError, Plan
+from gdn_portable.bench.run import CACHES, ROTATION, Plan
 from gdn_portable.bench.timing import GpuClock
 from gdn_portable.bench.tune import (
     GRID,
@@ -31,8 +31,15 @@ from gdn_portable.bench.tune import (
     time_all,
     untimed,
 )
-from gdn_portable.cli.options import INTERRUPTED, WIDTH, layer_of, memory_for, present_gpu
-from gdn_portable.errors import InputError
+from gdn_portable.cli.options import (
+    INTERRUPTED,
+    STOPPED,
+    WIDTH,
+    layer_of,
+    memory_for,
+    present_gpu,
+)
+from gdn_portable.errors import DeviceLostError, InputError
 from gdn_portable.select import detect_device
 from gdn_portable.spec import Op
 from gdn_portable.tuned import OPS, Cell, Layer, Tuned, open_file, user_folder
@@ -143,7 +150,7 @@ def fill(wanted: Sequence[Task], tuned: Tuned, plan: Plan, warnings: list[str]) 
                 speaks = filter(None, (row.error, *row.warnings))
                 warnings += [f"{task} {row.kernel}: {line}" for line in speaks]
         except KeyboardInterrupt:
-            return "stopped from the keyboard"
+            return STOPPED
         except DeviceLostError as error:
             return str(error)
         say("done")

@@ -21,21 +21,16 @@ from rich.text import Text
 from gdn_portable.cli.conformance import (
     LAYERS,
     MODEL,
-    DeviceLostError,
     Outcome,
     outcomes_of,
     prepare_process,
 )
-from gdn_portable.cli.options import default_device
-from gdn_portable.errors import InputError
+from gdn_portable.cli.options import INTERRUPTED, STOPPED, WIDTH, default_device
+from gdn_portable.errors import DeviceLostError, InputError
 from gdn_portable.select import detect_device, explain
 from gdn_portable.spec import Device, Op
 from gdn_portable.testing import Case, cases
 from gdn_portable.versions import versions
-
-INTERRUPTED = 130
-STOPPED = "stopped from the keyboard"
-WIDTH = 120  # of what is not shown on a terminal
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,7 +85,7 @@ def verify(
     ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Run every op against the reference on hard cases, and report what to attach to an issue."""
+    """Run every op but planning against the reference on hard cases: a report for an issue."""
     target = default_device(device)
     chosen = _chosen(layer or list(LAYERS), op or [member.value for member in Op], case or ["*"])
     report = Report(device=detect_device(target), name=_name(target))
@@ -121,6 +116,8 @@ def _chosen(
         if case.op.value in ops and any(fnmatch(case.name, pattern) for pattern in patterns)
     ]
     if not chosen:
+        if "*" in patterns:
+            raise InputError(f"there is no case of {', '.join(ops)}, needs an op that has one")
         raise InputError(f"no case of these ops is called {' or '.join(patterns)}, needs one")
     return chosen
 

@@ -39,8 +39,8 @@ def parents_from_links(next_token: Tensor, next_sibling: Tensor) -> Tensor:
     draft = torch.arange(P, device=next_token.device).expand(next_token.shape)
 
     def linked_from(links: Tensor) -> Tensor:
-        """Return which draft links to each, P for none."""
-        target = torch.where((links >= 0) & (links < P), links.to(torch.int64), P)
+        """Return which draft links to each, P for none; links back, behind the end, are none."""
+        target = torch.where((links > draft) & (links < P), links.to(torch.int64), P)
         found = torch.full((len(links), P + 1), P, device=links.device)
         return found.scatter(1, target, draft)[:, :P]
 
