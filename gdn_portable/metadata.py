@@ -259,6 +259,17 @@ def draft_protocol(metadata: VerifyMetadata, drafts: Drafts | None) -> DraftProt
     return DraftProtocol.SLOT_TABLE
 
 
+def given(name: str, tensor: Tensor | None) -> Tensor:
+    """Return a part of the snapshots that an op needs.
+
+    Raises:
+        InputError: it is None.
+    """
+    if tensor is None:
+        raise InputError(f"{name} is None, needs a tensor")
+    return tensor
+
+
 def commit_batch(metadata: VerifyMetadata, last_accepted: Tensor) -> int:
     """Return how many sequences a commit is for; index tensors may be longer."""
     if metadata.cu_seqlens is not None:

@@ -60,7 +60,7 @@ class StatePool:
             )
         conv_bytes = _aligned(math.prod(conv_shape) * spec.conv_state_dtype.itemsize)
         page_bytes = conv_bytes + _aligned(math.prod(state_shape) * spec.state_dtype.itemsize)
-        # torch compiles no code that writes views of one tensor that have another dtype than it
+        # pages are of the states' own dtype where they share one
         same = spec.conv_state_dtype is spec.state_dtype
         unit = spec.state_dtype if same else torch.uint8
         pages = torch.zeros(num_slots, page_bytes // unit.itemsize, dtype=unit, device=device)
@@ -135,5 +135,6 @@ def _slice(pages: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtyp
     """View the bytes at ``offset`` of every page as a tensor of ``shape``."""
     first, size = offset // pages.itemsize, math.prod(shape) * dtype.itemsize // pages.itemsize
     flat = pages[:, first : first + size]
+    # a view as a dtype, even as its own, is what torch compiles no code for
     view: Tensor = (flat if flat.dtype is dtype else flat.view(dtype)).unflatten(1, shape)
     return view

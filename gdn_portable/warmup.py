@@ -99,19 +99,11 @@ class _Calls:
         for length, slots in batches:
             N = len(slots)
             cu_seqlens = torch.arange(0, length + 1, length // N, dtype=self.dtype)
-            plain = PrefillMetadata(cu_seqlens, slots)
-            fresh = replace(plain, has_initial_state=torch.ones(N, dtype=torch.bool))
-            kept = ((None, None), (torch.zeros_like(slots), slots + 2))
-            of_prefix_caches = (
-                replace(
-                    fresh,
-                    out_state_indices=target,
-                    checkpoint_offsets=offsets,
-                    checkpoint_indices=indices,
-                )
-                for target, (offsets, indices) in product((None, slots + 1), kept)
-            )
-            for metadata in (plain, *of_prefix_caches):
+            fresh, kept = torch.ones(N, dtype=torch.bool), (torch.zeros_like(slots), slots + 2)
+            nothing = (None, None)
+            options = product((fresh,), (None, slots + 1), (nothing, kept))
+            for flags, target, checkpoint in ((None, None, nothing), *options):
+                metadata = PrefillMetadata(cu_seqlens, slots, flags, target, *checkpoint)
                 self.launchers[Op.PLAN_PREFILL](metadata)
                 if isinstance(metadata.plan, Plans):
                     metadata.plan.runs_all = True

@@ -520,6 +520,20 @@ def test_chunk_prefill_passes_the_cases(amd_gpu: Simulator, name: str, layout: S
 
 
 @pytest.mark.usefixtures("aiter")
+def test_chunk_prefill_does_without_a_plan_of_another_maker(amd_gpu: Simulator) -> None:
+    ops = _bound(SMALL, MI300X, **{op.value: kernel for op, kernel in PREFILL.items()})
+    call = call_of("chunk_prefill", SMALL)
+    metadata = replace(call["metadata"], checkpoint_offsets=None, checkpoint_indices=None)
+    metadata.plan = object()
+    call |= {"metadata": metadata, "checkpoint_state": None}
+    want = reference.chunk_prefill(
+        SMALL, **copies({**call, "metadata": replace(metadata, plan=None)})
+    )
+
+    torch.testing.assert_close(ops.chunk_prefill(**call), want, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.usefixtures("aiter")
 def test_chunk_prefill_uses_the_plan_of_the_step(amd_gpu: Simulator) -> None:
     ops = _bound(SMALL, MI300X, **{op.value: kernel for op, kernel in PREFILL.items()})
     call = call_of("chunk_prefill", SMALL)

@@ -13,6 +13,7 @@ from torch import Tensor
 from gdn_portable import (
     GdnOps,
     GdnSpec,
+    InputError,
     Op,
     ReplayDrafts,
     SnapshotDrafts,
@@ -210,6 +211,24 @@ def test_a_commit_may_be_of_one_pool_alone(amd_gpu: Simulator, protocol: str, pa
     call = {"pool": replace(states, **{part: None}), "drafts": drafts, "metadata": metadata}
 
     check(Op.MTP_COMMIT, {**call, "last_accepted": slots(3, 0, -1)}, SPEC)
+
+
+@pytest.mark.parametrize("part", ["conv_state", "state"])
+def test_snapshots_that_are_none_and_needed_are_refused(amd_gpu: Simulator, part: str) -> None:
+    rng = generator()
+    drafts = replace(snapshots(rng), **{part: None})
+    states = pool(SPEC, rng, NUM_SLOTS, live=range(NUM_SLOTS))
+    metadata, last = VerifyMetadata(slots(4, 1, 2), 4), slots(3, 0, -1)
+    before = copies(states)
+
+    for call in (
+        lambda: simulated(SPEC).mtp_commit(states, drafts, metadata=metadata, last_accepted=last),
+        lambda: simulated(SPEC).verify_step(**{**verify(SPEC, 4, drafts=drafts), "pool": states}),
+    ):
+        with pytest.raises(InputError, match=f"drafts.{part} is None, needs a tensor"):
+            call()
+
+    assert_identical(states, before)
 
 
 def test_a_commit_of_snapshots_serves_all_layers_at_once(amd_gpu: Simulator) -> None:

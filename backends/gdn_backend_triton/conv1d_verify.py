@@ -35,6 +35,7 @@ from gdn_portable.metadata import (
     SnapshotDrafts,
     VerifyMetadata,
     draft_protocol,
+    given,
 )
 from gdn_portable.spec import Device, GdnSpec
 
@@ -241,5 +242,5 @@ def _kept(drafts: Drafts | None) -> tuple[Tensor | None, tuple[int, ...]]:
     """Return where the drafts' inputs or windows are kept, and its four strides."""
     if isinstance(drafts, ReplayDrafts):
         return drafts.conv_inputs, (*drafts.conv_inputs.stride(), 0)
-    kept = drafts.conv_state if isinstance(drafts, SnapshotDrafts) else None
+    kept = None if drafts is None else given("drafts.conv_state", drafts.conv_state)
     return kept, strides(kept, 4)

@@ -16,7 +16,6 @@ from gdn_backend_triton.launches import Launch
 from gdn_backend_triton.overlap import begin
 from gdn_backend_triton.taps import strides
 from gdn_backend_triton.trees import make_fill_parents
-from gdn_portable.errors import InputError
 from gdn_portable.interface import MtpCommit
 from gdn_portable.metadata import (
     Drafts,
@@ -25,6 +24,7 @@ from gdn_portable.metadata import (
     VerifyMetadata,
     commit_batch,
     draft_protocol,
+    given,
 )
 from gdn_portable.spec import Device, GdnSpec
 from gdn_portable.state import StatePool
@@ -247,12 +247,8 @@ def make_mtp_commit(spec: GdnSpec, device: Device, *, deterministic: bool) -> Mt
     ) -> None:  # fmt: skip
         state, window = pool.state, pool.conv_state
         layers = _layers(window, 4) if state is None else _layers(state, 5)
-        kept_state = None if state is None else drafts.state
-        kept_window = None if window is None else drafts.conv_state
-        if state is not None and kept_state is None:
-            raise InputError("drafts.state is None, needs a tensor")
-        if window is not None and kept_window is None:
-            raise InputError("drafts.conv_state is None, needs a tensor")
+        kept_state = None if state is None else given("drafts.state", drafts.state)
+        kept_window = None if window is None else given("drafts.conv_state", drafts.conv_state)
         parts = states * (state is not None), windows * (window is not None)
         snapshots(
             layers * B * sum(parts),

@@ -25,7 +25,6 @@ from gdn_backend_triton.overlap import begin
 from gdn_backend_triton.replay import make_replay, refuse_large_trees
 from gdn_backend_triton.taps import strides
 from gdn_backend_triton.trees import make_fill_parents
-from gdn_portable.errors import InputError
 from gdn_portable.interface import MtpVerify
 from gdn_portable.metadata import (
     Drafts,
@@ -33,6 +32,7 @@ from gdn_portable.metadata import (
     SnapshotDrafts,
     VerifyMetadata,
     draft_protocol,
+    given,
 )
 from gdn_portable.spec import Device, GdnSpec
 
@@ -226,13 +226,11 @@ def make_recurrence(spec: GdnSpec, device: Device, *, packed: bool) -> Recurrenc
         sequences = B if cu is None else B + 1
         if sequences == 0:
             return
-        if drafts is not None and drafts.state is None:
-            raise InputError("drafts.state is None, needs a tensor")
         qkv = D, K, D, K, D, V
         if not packed:
             qkv = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
         indices, parents = metadata.state_indices, metadata.parents
-        kept = None if drafts is None else drafts.state
+        kept = None if drafts is None else given("drafts.state", drafts.state)
         kept_rows = None if kept is None else metadata.rows
         accepted = metadata.num_accepted if kept is None else None
         kernel(

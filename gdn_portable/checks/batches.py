@@ -21,6 +21,7 @@ from gdn_portable.metadata import (
     commit_batch,
     conv_slot_shape,
     draft_protocol,
+    given,
     state_slot_shape,
 )
 from gdn_portable.spec import Op
@@ -279,8 +280,7 @@ def _snapshots(
     for name, kept, pool, shape in kept_of:
         if pool is None:
             continue
-        if kept is None:
-            raise InputError(f"drafts.{name} is None, needs a tensor")
+        kept = given(f"drafts.{name}", kept)
         steps_fit = kept.dim() == len(shape) + 2 and kept.shape[1] >= P
         if not steps_fit or tuple(kept.shape[2:]) != shape:
             needed = shape_text(("rows", P, *shape))

@@ -18,6 +18,7 @@ from gdn_portable.metadata import (
     VerifyMetadata,
     commit_batch,
     draft_protocol,
+    given,
 )
 from gdn_portable.reference.conv1d import convolve
 from gdn_portable.reference.math import gating, normalise, read_out, update
@@ -120,7 +121,7 @@ def conv1d_verify(
         _keep_drafts(drafts.conv_inputs, slots, batch, batch.unpack(x))
     elif isinstance(drafts, SnapshotDrafts):
         windows = batch.unpack(torch.stack(taps[1:], dim=-1))  # [B, P, D, W-1]
-        kept = _given("drafts.conv_state", drafts.conv_state)
+        kept = given("drafts.conv_state", drafts.conv_state)
         _keep_drafts(kept, _rows(metadata, len(slots)), batch, windows)
     else:
         _write_table_window(batch, conv_state, x, window)
@@ -200,7 +201,7 @@ def mtp_verify(
 
     states, outputs = _run_drafts(spec, batch, S, q, k, v, g, beta)
     if isinstance(drafts, SnapshotDrafts):
-        kept = _given("drafts.state", drafts.state)
+        kept = given("drafts.state", drafts.state)
         for t, after in enumerate(states):
             write(kept[:, t], _rows(metadata, len(slots)), after, batch.drafted[:, t])
     elif drafts is None:
@@ -269,11 +270,11 @@ def mtp_commit(
         return
     rows, last = torch.where(keep, _rows(metadata, B), 0), torch.where(keep, last, 0)
     if states is not None:
-        kept = _given("drafts.state", drafts.state)
+        kept = given("drafts.state", drafts.state)
         for pool_state, kept_state in _layers(states, kept, axes=4):
             _commit_snapshots(pool_state, kept_state, rows, last, source, target, keep)
     if windows is not None:
-        kept = _given("drafts.conv_state", drafts.conv_state)
+        kept = given("drafts.conv_state", drafts.conv_state)
         for pool_window, kept_window in _layers(windows, kept, axes=3):
             _commit_snapshots(pool_window, kept_window, rows, last, source, target, keep)
 
@@ -343,9 +344,3 @@ def _rows(metadata: VerifyMetadata, batch: int) -> Tensor:
     if metadata.rows is None:
         return torch.arange(batch, device=metadata.state_indices.device)
     return metadata.rows[:batch].to(torch.int64)
-
-
-def _given(name: str, tensor: Tensor | None) -> Tensor:
-    if tensor is None:
-        raise InputError(f"{name} is None, needs a tensor")
-    return tensor
