@@ -20,10 +20,10 @@ class GatedDeltaNet(nn.Module):
     """Projections, convolution, recurrence, gated norm and output projection of one layer.
 
     The module holds weights and no state: ops and pool are passed to every forward, so that one
-    bound object serves all layers. State dicts of Hugging Face's Qwen3-Next and Qwen3.5 layers
-    load as they are, told apart by their keys. To train it, bind with ``backend="reference"``: the
-    other kernels have no backward, and are called under ``torch.no_grad()``.
-    :class:`gdn_portable.parallel.HeadParallel` shards it.
+    bound object serves all layers. State dicts of Hugging Face's Qwen3-Next, Qwen3.5 and Qwen4-Exp
+    layers load as they are, told apart by their keys. To train it, bind with
+    ``backend="reference"``: the other kernels have no backward, and are called under
+    ``torch.no_grad()``. :class:`gdn_portable.parallel.HeadParallel` shards it.
 
     Attributes:
         spec: the layer, as this rank has it.
@@ -168,7 +168,7 @@ def _from_hugging_face(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Turn the projections of a Qwen3-Next or Qwen3.5 state dict into ``in_proj``.
+    """Turn the projections of a Qwen3-Next state dict, or of a later one, into ``in_proj``.
 
     Where a part is missing the keys stay as they are, for torch to report.
     """

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -219,7 +219,7 @@ class GdnSpec:
     def from_config(
         cls, hf_config: object, tp_size: int = 1, *, dtype: torch.dtype | None = None
     ) -> GdnSpec:
-        """Read the spec from a Hugging Face Qwen3-Next or Qwen3.5 config.
+        """Read the spec from a Hugging Face Qwen3-Next, Qwen3.5 or Qwen4-Exp config.
 
         Args:
             hf_config: the config object or its dict; a nested ``text_config`` is followed.
@@ -228,12 +228,20 @@ class GdnSpec:
                 names none, as transformers builds such a model.
 
         Raises:
-            SpecError: a field is missing, or the heads do not divide.
+            SpecError: a field is missing, an activation is none that the ops have, or the heads do
+                not divide.
         """
         config = _fields(hf_config)
         text = _fields(config["text_config"]) if config.get("text_config") else config
+        if text.get("linear_allow_neg_eigval"):
+            raise SpecError(
+                "config linear_allow_neg_eigval is True, which doubles beta, needs False: not a "
+                "model whose beta is sigmoid(b)?"
+            )
         named = text.get("dtype") or text.get("torch_dtype")
         named = named or config.get("dtype") or config.get("torch_dtype")
+        hidden_act = text.get("hidden_act", "silu")
+        gate = text.get("output_gate_type") or hidden_act
         return cls(
             num_k_heads=_required(text, "linear_num_key_heads"),
             num_v_heads=_required(text, "linear_num_value_heads"),
@@ -242,13 +250,15 @@ class GdnSpec:
             conv_width=_required(text, "linear_conv_kernel_dim"),
             dtype=dtype or _dtype("dtype", named or torch.get_default_dtype()),
             state_dtype=_dtype("mamba_ssm_dtype", text.get("mamba_ssm_dtype") or "float32"),
-            activation=_activation(text.get("hidden_act", "silu")),
+            activation=_activation("hidden_act", hidden_act, "silu"),
+            gate_activation=_activation("output_gate_type", gate, *GATE_ACTIVATIONS),
         ).shard(tp_size)
 
 
-def _activation(name: object) -> Literal["silu"]:
-    _one_of("config hidden_act", name, ("silu", "swish"))
-    return "silu"
+def _activation(field: str, value: object, *allowed: str) -> Any:
+    name = "silu" if value == "swish" else value
+    _one_of(f"config {field}", name, allowed)
+    return name
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -202,8 +202,8 @@ def causal_conv1d(*, x, weight, initial_state, output_final_state, activation, c
     return torch.cat(rows)[None], initial_state
 
 
-def rms_norm_gated(*, x, g, weight, bias, activation, eps):
-    assert bias is None and activation == "swish"
+def _fla_norm(*, x, g, weight, bias, activation, eps):
+    assert bias is None and activation == "silu"
     y = x.float() * (x.float().square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()
     return (y * functional.silu(g.float())).to(x.dtype)
 
@@ -302,6 +302,11 @@ def fused_mamba_state_scatter_with_mask(*, dst, src, dst_indices_raw, step_indic
         dst[:, slot] = src[:, row, step]
 
 
+def _sglang_norm(*, x, z, weight, bias, activation, eps, is_rms_norm):
+    assert is_rms_norm
+    return _fla_norm(x=x, g=z, weight=weight, bias=bias, activation=activation, eps=eps)
+
+
 def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def call(**kwargs: Any) -> Any:
         return function(**kwargs)
@@ -318,7 +323,7 @@ MODULES: dict[str, tuple[Callable[..., Any], ...]] = {
         fused_recurrent_gated_delta_rule,
     ),
     "fla.modules.causal_conv1d": (_named("causal_conv1d_update", _fla_conv_update), causal_conv1d),
-    "fla.modules.norm.fused_norm_gate": (rms_norm_gated,),
+    "fla.modules.norm.fused_norm_gate": (_named("rms_norm_gated", _fla_norm),),
     "flash_qla": (_named("chunk_gated_delta_rule", _chunk),),
     f"{SGLANG}.mamba.causal_conv1d_triton": (
         _named("causal_conv1d_update", _sglang_conv_update),
@@ -331,4 +336,5 @@ MODULES: dict[str, tuple[Callable[..., Any], ...]] = {
     f"{SGLANG}.attention.linear.fused_gdn_gating": (fused_gdn_gating,),
     f"{SGLANG}.attention.fla.fused_recurrent": (fused_recurrent_gated_delta_rule_packed_decode,),
     f"{SGLANG}.attention.fla.chunk": (_named("chunk_gated_delta_rule", _sglang_chunk),),
+    f"{SGLANG}.attention.fla.layernorm_gated": (_named("rms_norm_gated", _sglang_norm),),
 }

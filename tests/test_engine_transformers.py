@@ -59,10 +59,44 @@ EXPERTS = {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
 }
+
+
+def _qwen4_exp() -> Any:
+    """Return one whose cache keeps two more windows of a layer, and whose gate is a sigmoid."""
+    new = pytest.importorskip("transformers.models.qwen4_exp", reason="transformers is too old")
+    sizes = {
+        **SIZES,
+        **EXPERTS,
+        "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+        "eos_token_id": 1,
+        "output_gate_type": "sigmoid",
+        "hc_count": 2,
+        "hc_lowrank": 8,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
+        "ple_layer_ids": [3],
+        "heads_per_ngram": 2,
+        "ngram_vocab_size_base": 100,
+        "split_ngram_parts": 1,
+    }
+    del sizes["intermediate_size"]
+    return new.Qwen4ExpForCausalLM(new.Qwen4ExpTextConfig(**sizes))
+
+
+def _lara_mini() -> Any:
+    new = pytest.importorskip("transformers.models.lara_mini", reason="transformers is too old")
+    return new.LaraMiniForCausalLM(new.LaraMiniConfig(**SIZES, **EXPERTS))
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "Qwen3-Next": lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**SIZES, **EXPERTS)),
     "Qwen3.5": lambda: Qwen3_5ForCausalLM(Qwen3_5TextConfig(**SIZES)),
     "Qwen3.5 MoE": lambda: Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**SIZES, **EXPERTS)),
+    "Qwen4-Exp": _qwen4_exp,
+    "Lara Mini": _lara_mini,
 }
 EVERY_MODEL = pytest.mark.parametrize("name", MODELS)
 BOTH_PROJECTIONS = pytest.mark.parametrize("name", ["Qwen3-Next", "Qwen3.5"])

@@ -62,6 +62,40 @@ def test_a_config_is_read_whatever_its_form(config: object) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("fields", "activation"),
+    [
+        ({"output_gate_type": "sigmoid"}, "sigmoid"),
+        ({"output_gate_type": "swish"}, "silu"),
+        ({"output_gate_type": None}, "silu"),
+        ({"hidden_act": "swish"}, "silu"),
+    ],
+    ids=str,
+)
+def test_the_gate_of_a_config_is_its_own_or_the_hidden_activation(
+    fields: dict[str, object], activation: str
+) -> None:
+    spec = GdnSpec.from_config({"text_config": QWEN3_NEXT | {"dtype": "bfloat16"} | fields})
+
+    assert (spec.activation, spec.gate_activation) == ("silu", activation)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"hidden_act": "gelu"}, "config hidden_act is 'gelu', needs 'silu'"),
+        ({"output_gate_type": "tanh"}, "output_gate_type is 'tanh', needs 'silu' or 'sigmoid'"),
+        ({"linear_allow_neg_eigval": True}, "linear_allow_neg_eigval is True, .* needs False"),
+    ],
+    ids=str,
+)
+def test_a_layer_that_computes_something_else_is_refused(
+    fields: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(SpecError, match=reason):
+        GdnSpec.from_config(QWEN3_NEXT | fields)
+
+
 def test_a_config_is_read_for_one_rank() -> None:
     spec = GdnSpec.from_config(QWEN3_NEXT | {"dtype": "float16"}, 8)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -35,7 +36,21 @@ bind = partial(select.bind, check=False)
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 HIDDEN = 32
-MODELS = pytest.mark.parametrize("model", ["Qwen3-Next", "Qwen3.5"])
+
+
+def _qwen4_exp() -> tuple[Any, Any]:
+    name = "transformers.models.qwen4_exp.modeling_qwen4_exp"
+    new = pytest.importorskip(name, reason="transformers is too old")
+    config_of = partial(new.Qwen4ExpTextConfig, output_gate_type="sigmoid")
+    return config_of, new.Qwen4ExpTextGatedDeltaNet
+
+
+LAYERS: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "Qwen3-Next": lambda: (Qwen3NextConfig, Qwen3NextGatedDeltaNet),
+    "Qwen3.5": lambda: (Qwen3_5TextConfig, Qwen3_5GatedDeltaNet),
+    "Qwen4-Exp": _qwen4_exp,
+}
+MODELS = pytest.mark.parametrize("model", LAYERS)
 RATIOS = pytest.mark.parametrize("ratio", [1, 2, 4])
 
 
@@ -51,10 +66,7 @@ class Pair:
 def _pair(model: str, ratio: int) -> Pair:
     """Build a small layer with random weights, the ones that start as ones included."""
     torch.manual_seed(0)
-    config_of, layer_of = {
-        "Qwen3-Next": (Qwen3NextConfig, Qwen3NextGatedDeltaNet),
-        "Qwen3.5": (Qwen3_5TextConfig, Qwen3_5GatedDeltaNet),
-    }[model]
+    config_of, layer_of = LAYERS[model]()
     config = config_of(
         hidden_size=HIDDEN,
         linear_num_key_heads=2,

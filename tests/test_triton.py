@@ -383,6 +383,23 @@ def test_a_finished_front_end_leaves_a_rule_nothing_to_do(
     assert_identical(*after)
 
 
+def test_gates_of_many_heads_are_found_some_tokens_at_a_time(amd_gpu: Simulator) -> None:
+    from gdn_backend_triton.conv1d import make_front_end
+
+    spec, rng = replace(SPEC, num_k_heads=1, num_v_heads=64, head_k_dim=16), generator()
+    rows = random(rng, 75, spec.conv_dim + 128, dtype=spec.dtype)
+    mixed, a, b = rows.split([spec.conv_dim, 64, 64], 1)
+    weights, windows = params(spec, rng), pool(spec, rng, 8, live=[3, 5]).conv_state
+    metadata = PrefillMetadata(slots(0, 5, 75), slots(5, 3))
+
+    *_, g, beta = make_front_end(spec, Device("rocm", "gfx942"))(
+        mixed, a, b, weights, windows, metadata=metadata
+    )
+
+    expected = bind(spec, "cpu").gating(a, b, weights.A_log, weights.dt_bias)
+    torch.testing.assert_close((g, beta), expected)
+
+
 @pytest.fixture
 def v_first(monkeypatch: pytest.MonkeyPatch) -> GdnSpec:
     """Let the simulated GPU hold states as Hopper does, of the layer that is returned."""

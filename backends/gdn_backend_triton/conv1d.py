@@ -309,11 +309,12 @@ def _store_gates(
     Where FINISHED, decay is e^g, and those of padding leave a state as it is. Without WITH_BETA
     beta is stored for padding alone.
     """
-    STEP: tl.constexpr = min(TOKENS, 64)
+    # H200, HV = 64, T = 8192: the front end takes 113 us, by 512 gates at a time 116, by 2048 132
+    STEP: tl.constexpr = min(TOKENS, max(1024 // HEADS, 1))
     h = tl.arange(0, HEADS)[None, :]
     decay = tl.load(A_log + h * A_log_h, mask=h < HV, other=0.0)
     shift = tl.load(dt_bias + h * dt_bias_h, mask=h < HV, other=0.0)
-    for i in tl.static_range(0, TOKENS, STEP):
+    for i in tl.range(0, TOKENS, STEP, num_stages=1):
         t = first.to(tl.int64) + i + tl.arange(0, STEP)[:, None]
         mask = (t < end) & (h < HV)
         a_now = tl.load(a + t * a_t + h * a_h, mask=mask, other=0.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face models whose GDN layers run on the ops: Qwen3-Next and Qwen3.5, dense and MoE.
+"""Hugging Face models whose GDN layers run on the ops: Qwen3-Next, Qwen3.5 and what has theirs.
 
 ``use(model)`` takes the place of the layers' ``forward`` and of nothing else: weights, caches and
 ``generate`` are transformers' own. A cache's tensors are the pools, sequence b in slot b, read and
@@ -154,7 +154,7 @@ class _Projected(NamedTuple):
 
 
 def _in_parts(runner: _Runner, layer: Any, hidden: Tensor) -> _Projected:
-    """Project as Qwen3.5 does: one module for each."""
+    """Project as Qwen3.5 and later ones do: one module for each."""
     modules = (layer.in_proj_qkv, layer.in_proj_z, layer.in_proj_b, layer.in_proj_a)
     return _Projected(*(module(hidden).flatten(0, 1) for module in modules))
 
@@ -172,6 +172,8 @@ PROJECTIONS: Mapping[str, Project] = {
     "Qwen3NextGatedDeltaNet": _by_key_head,
     "Qwen3_5GatedDeltaNet": _in_parts,
     "Qwen3_5MoeGatedDeltaNet": _in_parts,
+    "Qwen4ExpTextGatedDeltaNet": _in_parts,
+    "LaraMiniGatedDeltaNet": _in_parts,
 }
 
 

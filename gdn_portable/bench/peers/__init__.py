@@ -34,7 +34,7 @@ ALONE = {  # parts that are called with nothing
     "conv1d_update": CONV_UPDATES,
     "conv1d_prefill": CONV_PREFILLS,
     "chunk_prefill": CHUNKS,
-    "gated_rms_norm": fla.NORMS,
+    "gated_rms_norm": (*sglang.NORMS, *fla.NORMS),
 }
 PARTS = (
     *DECODES,

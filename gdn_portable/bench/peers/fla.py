@@ -164,7 +164,6 @@ def _prefill(batch: Batch) -> Callable[[Tensor], Tensor]:
 
 def _norm(batch: Batch) -> Callable[[], Tensor]:
     call = importlib.import_module(NORM).rms_norm_gated
-    activation = "swish" if batch.spec.gate_activation == "silu" else "sigmoid"
 
     def norm() -> Tensor:
         y: Tensor = call(
@@ -172,7 +171,7 @@ def _norm(batch: Batch) -> Callable[[], Tensor]:
             g=batch.gate,
             weight=batch.params.norm_weight,
             bias=None,
-            activation=activation,
+            activation=batch.spec.gate_activation,
             eps=batch.params.norm_eps,
         )
         return y

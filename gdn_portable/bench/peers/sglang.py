@@ -20,6 +20,7 @@ FUSED = f"{KERNELS}.attention.linear.fused_sigmoid_gating_recurrent"
 GATING = f"{KERNELS}.attention.linear.fused_gdn_gating"
 PACKED = f"{KERNELS}.attention.fla.fused_recurrent"
 CHUNK = f"{KERNELS}.attention.fla.chunk"
+NORM = f"{KERNELS}.attention.fla.layernorm_gated"
 
 
 def _conv_update(batch: Batch) -> Callable[[], Tensor]:
@@ -220,6 +221,24 @@ def _commit(batch: Batch) -> Callable[[], Tensor]:
     return commit
 
 
+def _norm(batch: Batch) -> Callable[[], Tensor]:
+    call = importlib.import_module(NORM).rms_norm_gated
+
+    def norm() -> Tensor:
+        y: Tensor = call(
+            x=batch.x,
+            z=batch.gate,
+            weight=batch.params.norm_weight,
+            bias=None,
+            activation=batch.spec.gate_activation,
+            eps=batch.params.norm_eps,
+            is_rms_norm=True,
+        )
+        return y
+
+    return norm
+
+
 CONV_UPDATES = (Part(name="sglang conv", modules=(CONV,), includes="conv", make=_conv_update),)
 CONV_VERIFIES = (
     Part(
@@ -276,3 +295,4 @@ COMMITS = (
         make=_commit,
     ),
 )
+NORMS = (Part(name="sglang norm", modules=(NORM,), includes="norm and gate", make=_norm),)
