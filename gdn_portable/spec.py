@@ -255,10 +255,15 @@ class GdnSpec:
         ).shard(tp_size)
 
 
-def _activation(field: str, value: object, *allowed: str) -> Any:
-    name = "silu" if value == "swish" else value
-    _one_of(f"config {field}", name, allowed)
-    return name
+def activation_named(name: object) -> Any:
+    """Return an activation by its name in torch: configs and layers call silu swish as well."""
+    return "silu" if name == "swish" else name
+
+
+def _activation(field: str, name: object, *allowed: str) -> Any:
+    activation = activation_named(name)
+    _one_of(f"config {field}", activation, allowed)
+    return activation
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

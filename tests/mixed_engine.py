@@ -213,7 +213,9 @@ class Engine:
             conv1d=SimpleNamespace(weight=weight(D, 1, spec.conv_width) / 2, bias=weight(D)),
             A_log=weight(HV, dtype=spec.compute_dtype),
             dt_bias=weight(HV),
-            norm=SimpleNamespace(weight=weight(spec.head_v_dim), eps=1e-5),
+            norm=SimpleNamespace(
+                weight=weight(spec.head_v_dim), eps=1e-5, activation=spec.gate_activation
+            ),
         )
 
     def request(self, *slots: int) -> Request:

@@ -96,6 +96,17 @@ def test_rows_that_are_missing_are_refused(short: int) -> None:
         vllm.forward_core(*rows, layer=layer, metadata=metadata)
 
 
+def test_a_norm_whose_gate_is_not_the_spec_s_is_refused() -> None:
+    engine = engine_of(CPU, gated=True)
+    engine.layer.norm.activation = "sigmoid"
+
+    refusal(
+        engine,
+        "has activation 'sigmoid', needs the spec's gate_activation, 'silu'",
+        Row(engine.request(1, 2, 3), 3),
+    )
+
+
 def test_caches_in_another_layout_or_dtype_are_refused() -> None:
     vllm = VllmGdn(bind(vllm_spec(BF16, num_spec=NUM_SPEC), "cpu"))
     conv_state, state = caches(vllm.ops.spec, "cpu")

@@ -34,7 +34,7 @@ from gdn_portable.metadata import (
 )
 from gdn_portable.nn import deinterleave
 from gdn_portable.select import bind
-from gdn_portable.spec import GdnSpec, Op
+from gdn_portable.spec import GdnSpec, Op, activation_named
 from gdn_portable.state import StatePool
 
 # keywords by which several sequences are packed in one row
@@ -325,13 +325,9 @@ def _spec(layer: Any) -> GdnSpec:
         conv_width=layer.conv_kernel_size,
         dtype=layer.conv1d.weight.dtype,
         state_dtype=torch.float32,  # of every cache, whatever the config says
-        activation=_activation(layer.activation),
-        gate_activation=_activation(layer.norm.activation),
+        activation=activation_named(layer.activation),
+        gate_activation=activation_named(layer.norm.activation),
     )
-
-
-def _activation(name: str) -> Any:
-    return "silu" if name == "swish" else name
 
 
 def _params(layer: Any) -> GdnParams:

@@ -19,7 +19,7 @@ from gdn_portable.engines.protocols import MixedLayer, MixedMetadata, layer_para
 from gdn_portable.errors import InputError
 from gdn_portable.interface import GdnOps
 from gdn_portable.select import AnyDevice, bind
-from gdn_portable.spec import ConvLayout, GdnSpec
+from gdn_portable.spec import ConvLayout, GdnSpec, activation_named
 from gdn_portable.state import StatePool
 
 NULL_BLOCK = 0
@@ -50,10 +50,11 @@ class VllmMetadata(MixedMetadata, Protocol):
 
 
 class Norm(Protocol):
-    """A layer's gated RMSNorm: weight [V]."""
+    """A layer's gated RMSNorm: weight [V], and the activation of its gate."""
 
     weight: Tensor
     eps: float
+    activation: str
 
 
 class VllmLayer(MixedLayer, Protocol):
@@ -210,6 +211,12 @@ class VllmGdn:
         Raises:
             InputError: an argument does not fit; no cache was touched.
         """
+        activation = self.ops.spec.gate_activation
+        if activation_named(layer.norm.activation) != activation:
+            raise InputError(
+                f"the layer's norm has activation {layer.norm.activation!r}, needs the spec's "
+                f"gate_activation, {activation!r}"
+            )
         params = replace(
             layer_params(layer), norm_weight=layer.norm.weight, norm_eps=layer.norm.eps
         )
