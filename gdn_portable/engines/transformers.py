@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face models whose GDN layers run on the ops: Qwen3-Next, Qwen3.5 and what has theirs.
+"""Hugging Face models whose GDN layers run on the ops: Qwen3-Next, Qwen3.5, Qwen4-Exp, Lara Mini.
 
 ``use(model)`` takes the place of the layers' ``forward`` and of nothing else: weights, caches and
 ``generate`` are transformers' own. A cache's tensors are the pools, sequence b in slot b, read and
