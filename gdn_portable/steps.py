@@ -66,7 +66,7 @@ def prefill_step(
         checkpoint_state=checkpoint_state,
         out=out if gate is None else None,
     )
-    return _gated(o, gate, params, gated_rms_norm, out)
+    return apply_gate(o, gate, params, gated_rms_norm, out)
 
 
 def decode_step(
@@ -107,7 +107,7 @@ def decode_step(
         out_state_indices=out_state_indices,
         out=out if gate is None else None,
     )
-    return _gated(o, gate, params, gated_rms_norm, out)
+    return apply_gate(o, gate, params, gated_rms_norm, out)
 
 
 def verify_step(
@@ -148,7 +148,7 @@ def verify_step(
         drafts=drafts,
         out=out if gate is None else None,
     )
-    return _gated(o, gate, params, gated_rms_norm, out)
+    return apply_gate(o, gate, params, gated_rms_norm, out)
 
 
 PARTS: Mapping[Op, tuple[Callable[..., Tensor], tuple[Op, ...]]] = {
@@ -207,9 +207,10 @@ def check_gate(gate: Tensor | None, params: GdnParams) -> None:
         raise InputError("gate is given and params.norm_weight is None, needs both or neither")
 
 
-def _gated(
+def apply_gate(
     o: Tensor, gate: Tensor | None, params: GdnParams, norm: GatedRmsNorm, out: Tensor | None
 ) -> Tensor:
+    """Return ``o`` normalised and gated where there is a gate, in ``out``; else as it is."""
     if gate is None or params.norm_weight is None:
         return o
     return norm(o, gate, params.norm_weight, eps=params.norm_eps, out=out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,6 +31,14 @@ from ci.amdgcn import (  # noqa: E402
 from gdn_portable import GdnSpec  # noqa: E402
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+SPEC = GdnSpec(
+    num_k_heads=1,
+    num_v_heads=2,
+    head_k_dim=32,
+    head_v_dim=32,
+    dtype=torch.bfloat16,
+    state_dtype=torch.float32,
+)
 EPSILON = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
@@ -313,15 +322,7 @@ def test_an_architecture_that_is_not_simulated_is_refused() -> None:
 
 
 def test_ops_are_bound_for_tensors_on_the_cpu(gpu: Simulator) -> None:
-    spec = GdnSpec(
-        num_k_heads=1,
-        num_v_heads=2,
-        head_k_dim=32,
-        head_v_dim=32,
-        dtype=torch.bfloat16,
-        state_dtype=torch.float32,
-    )
-    ops = bind_simulated(spec, gpu.arch)
+    ops = bind_simulated(SPEC, gpu.arch)
     x, gate, weight = random(5, 2, 32).bfloat16(), torch.ones(5, 2, 32), torch.ones(32)
     out = ops.gated_rms_norm(x, gate.bfloat16(), weight.bfloat16())
     normalised = torch.nn.functional.rms_norm(x.double(), (32,), eps=1e-6)
@@ -330,18 +331,11 @@ def test_ops_are_bound_for_tensors_on_the_cpu(gpu: Simulator) -> None:
 
 
 def test_a_nan_is_no_padding_to_a_norm(gpu: Simulator) -> None:
-    spec = GdnSpec(
-        num_k_heads=1,
-        num_v_heads=2,
-        head_k_dim=16,
-        head_v_dim=16,
-        dtype=torch.float32,
-        state_dtype=torch.float32,
-    )
-    x, gate = random(3, 2, 16), random(3, 2, 16)
+    spec = replace(SPEC, dtype=torch.float32)
+    x, gate = random(3, 2, 32), random(3, 2, 32)
     x[1, 0, 5], x[2, 1] = torch.nan, 0
 
-    out = bind_simulated(spec, gpu.arch).gated_rms_norm(x, gate, torch.ones(16))
+    out = bind_simulated(spec, gpu.arch).gated_rms_norm(x, gate, torch.ones(32))
 
     assert out[1, 0].isnan().all()
     assert not out[2, 1].any()

@@ -67,7 +67,6 @@ def _qwen4_exp() -> Any:
     sizes = {
         **SIZES,
         **EXPERTS,
-        "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
         "eos_token_id": 1,
         "output_gate_type": "sigmoid",
         "hc_count": 2,

@@ -34,6 +34,7 @@ from gdn_portable.interface import VerifyStep
 from gdn_portable.metadata import Drafts, GdnParams, ReplayDrafts, VerifyMetadata, draft_protocol
 from gdn_portable.spec import Device, GdnSpec
 from gdn_portable.state import StatePool
+from gdn_portable.steps import apply_gate
 
 LAYOUTS = 64  # of a step's tensors that are remembered
 
@@ -82,17 +83,15 @@ def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> V
     ) -> Tensor:  # fmt: skip
         refuse_gradients(mixed_qkv)
         draft_protocol(metadata, drafts)
-        weight = params.norm_weight
         o = None
-        if isinstance(drafts, ReplayDrafts) and (gate is None or weight is not None):
+        if isinstance(drafts, ReplayDrafts) and (gate is None or params.norm_weight is not None):
             o = started(mixed_qkv, a, b, params, pool, metadata, drafts, out)
         if o is None:
             return triton_step(
                 mixed_qkv, a, b, params, pool, metadata=metadata, drafts=drafts, gate=gate, out=out
             )
-        if gate is None or weight is None:
-            return o
-        gate = gate.unflatten(-1, (HV, V)) if gate.dim() == 2 else gate
-        return gated_rms_norm(o, gate, weight, eps=params.norm_eps, out=o)
+        if gate is not None and gate.dim() == 2:
+            gate = gate.unflatten(-1, (HV, V))
+        return apply_gate(o, gate, params, gated_rms_norm, out=o)
 
     return verify_step

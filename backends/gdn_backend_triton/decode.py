@@ -28,7 +28,7 @@ from gdn_portable.interface import DecodeStep, RecurrentDecode
 from gdn_portable.metadata import GdnParams
 from gdn_portable.spec import Device, GdnSpec, StateLayout
 from gdn_portable.state import StatePool
-from gdn_portable.steps import both_pools, check_gate
+from gdn_portable.steps import apply_gate, both_pools, check_gate
 
 
 class Tile(NamedTuple):
@@ -348,7 +348,7 @@ def make_decode_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> D
         out: Tensor | None = None,
     ) -> Tensor:
         refuse_gradients(mixed_qkv)
-        weight, (conv_state, state) = params.norm_weight, both_pools(pool)
+        conv_state, state = both_pools(pool)
         check_gate(gate, params)
         B, dtype = mixed_qkv.shape[0], mixed_qkv.dtype
         if out is None:
@@ -366,10 +366,8 @@ def make_decode_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> D
         )  # fmt: skip
         launch(
             mixed, mixed, mixed, a, b, params.A_log, params.dt_bias, state, state_indices,
-            out_state_indices, fused, weight, params.norm_eps, out, qkv_strides, choice,
+            out_state_indices, fused, params.norm_weight, params.norm_eps, out, qkv_strides, choice,
         )  # fmt: skip
-        if left is not None and weight is not None:
-            gated_rms_norm(out, left, weight, eps=params.norm_eps, out=out)
-        return out
+        return apply_gate(out, left, params, gated_rms_norm, out=out)
 
     return decode_step

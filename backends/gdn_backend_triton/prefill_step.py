@@ -14,7 +14,7 @@ from gdn_portable.interface import ChunkPrefill, GatedRmsNorm, PlanPrefill, Pref
 from gdn_portable.metadata import GdnParams, PrefillMetadata
 from gdn_portable.spec import Device, GdnSpec
 from gdn_portable.state import StatePool
-from gdn_portable.steps import both_pools, check_gate
+from gdn_portable.steps import apply_gate, both_pools, check_gate
 
 
 def make_plan_prefill(spec: GdnSpec, device: Device, *, deterministic: bool) -> PlanPrefill:
@@ -54,7 +54,7 @@ def join_prefill(
         gate: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        weight, (conv_state, state) = params.norm_weight, both_pools(pool)
+        conv_state, state = both_pools(pool)
         check_gate(gate, params)
         # rows of checkpoint_state are no slots: no window is kept beside them
         q, k, v, g, beta = front_end(
@@ -77,8 +77,6 @@ def join_prefill(
             checkpoint_state=checkpoint_state,
             out=out,
         )
-        if gate is None or weight is None:
-            return o
-        return gated_rms_norm(o, gate, weight, eps=params.norm_eps, out=o)
+        return apply_gate(o, gate, params, gated_rms_norm, out=o)
 
     return prefill_step

@@ -22,7 +22,7 @@ from gdn_portable.metadata import (
 )
 from gdn_portable.spec import Device, GdnSpec
 from gdn_portable.state import StatePool
-from gdn_portable.steps import both_pools, check_gate
+from gdn_portable.steps import apply_gate, both_pools, check_gate
 
 
 def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> VerifyStep:
@@ -45,7 +45,7 @@ def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> V
         refuse_large_trees(metadata, drafts)
         conv_state, state = both_pools(pool)
         check_gate(gate, params)
-        rates, weight = (params.A_log, params.dt_bias), params.norm_weight
+        rates = params.A_log, params.dt_bias
         T, P, cu_seqlens = mixed_qkv.shape[0], metadata.max_drafts, metadata.cu_seqlens
         if out is None:
             out = torch.empty(T, HV, V, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
@@ -68,8 +68,6 @@ def make_verify_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> V
                 mixed, mixed, mixed, a, b, *rates, state, metadata=metadata, drafts=drafts,
                 out=out,
             )  # fmt: skip
-        if gate is None or weight is None:
-            return out
-        return gated_rms_norm(out, gate, weight, eps=params.norm_eps, out=out)
+        return apply_gate(out, gate, params, gated_rms_norm, out=out)
 
     return verify_step
