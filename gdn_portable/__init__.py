@@ -15,6 +15,7 @@ from gdn_portable.errors import (
 )
 from gdn_portable.interface import GdnOps
 from gdn_portable.metadata import (
+    DeferredUpdates,
     DraftProtocol,
     GdnParams,
     PrefillMetadata,
@@ -32,6 +33,7 @@ __all__ = [
     "Backend",
     "Choice",
     "ConvLayout",
+    "DeferredUpdates",
     "Device",
     "DraftProtocol",
     "GdnError",

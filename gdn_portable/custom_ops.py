@@ -32,7 +32,7 @@ from gdn_portable.spec import GdnSpec, Op
 
 NAMESPACE = "gdn_portable"
 # arguments that an op may write, all fields of those that have some
-WRITTEN = ("out", "conv_state", "state", "checkpoint_state", "pool", "drafts")
+WRITTEN = ("out", "conv_state", "state", "checkpoint_state", "pool", "drafts", "deferred")
 SAME_SHAPE_OUT = (Op.CONV1D_PREFILL, Op.CONV1D_UPDATE, Op.CONV1D_VERIFY, Op.GATED_RMS_NORM)
 SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "SymInt"}
 

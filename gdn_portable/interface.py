@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 
 from gdn_portable.metadata import (
+    DeferredUpdates,
     DraftProtocol,
     Drafts,
     GdnParams,
@@ -234,9 +235,17 @@ class RecurrentDecode(Protocol):
         *,
         state_indices: Tensor,
         out_state_indices: Tensor | None = None,
+        deferred: DeferredUpdates | None = None,
+        num_deferred: Tensor | None = None,
+        flush: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Advance every sequence by one token.
+
+        Given ``deferred`` a state is read, with the updates that are deferred in its slot, and
+        written every so often: the token's own update is put behind them, or where there is no
+        room left, or as ``flush`` says, all are carried out. Then none is deferred, else one more;
+        the caller counts. Other ops do not know of them: flush before a slot is given to those.
 
         Args:
             q: [B, H, K] queries; normalised and scaled inside. Any token and head stride.
@@ -248,7 +257,12 @@ class RecurrentDecode(Protocol):
             dt_bias: [HV].
             state: [slots, HV, V, K] pool, advanced in place.
             state_indices: [B] slots read, and written unless ``out_state_indices`` is given.
-            out_state_indices: [B] slots written instead.
+            out_state_indices: [B] slots written instead; all is carried out in them, and what is
+                deferred in the slots read is left as it is.
+            deferred: the layer's updates, extended in place; None writes every state.
+            num_deferred: [B] updates deferred in the slot, up to R; None: none anywhere.
+            flush: [B] bool or integers, not 0 where all is carried out now; None: where there is no
+                room.
             out: [B, HV, V].
 
         Returns:
@@ -437,6 +451,9 @@ class DecodeStep(Protocol):
         *,
         state_indices: Tensor,
         out_state_indices: Tensor | None = None,
+        deferred: DeferredUpdates | None = None,
+        num_deferred: Tensor | None = None,
+        flush: Tensor | None = None,
         gate: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
@@ -447,9 +464,12 @@ class DecodeStep(Protocol):
             a: [B, HV] decay input, any strides.
             b: [B, HV] write-strength input, any strides.
             params: the layer's parameters.
-            pool: both states, advanced in place.
+            pool: both states, advanced in place; windows are, whatever is deferred.
             state_indices: [B] slots read, and written unless ``out_state_indices`` is given.
             out_state_indices: [B] slots written instead.
+            deferred: as :class:`RecurrentDecode` takes it, with the next two.
+            num_deferred: [B].
+            flush: [B].
             gate: [B, HV, V] or [B, HV * V]; applies the gated RMSNorm, which needs
                 ``params.norm_weight``.
             out: [B, HV, V].
@@ -505,6 +525,7 @@ class Warmup(Protocol):
         batch_sizes: Sequence[int] = (1,),
         prefill_tokens: Sequence[int] = (64,),
         max_drafts: int = 4,
+        max_deferred: int = 0,
         protocols: Collection[DraftProtocol] | None = None,
         index_dtypes: Collection[torch.dtype] = (torch.int32, torch.int64),
         progress: Callable[[str], None] | None = None,
@@ -520,6 +541,8 @@ class Warmup(Protocol):
             batch_sizes: sequences of a decode or verify batch.
             prefill_tokens: packed tokens of a prefill.
             max_drafts: P of a verify, the root included; 0 for engines that never verify.
+            max_deferred: R of what decodes defer, with ``num_deferred``; 0 for engines that write
+                every state.
             protocols: of a verify, None for all; a slot table is left out where windows have no
                 room for it.
             index_dtypes: of slots, ``cu_seqlens`` and the like.

@@ -188,6 +188,40 @@ class ReplayDrafts:
 
 
 @dataclass(slots=True, eq=False)
+class DeferredUpdates:
+    """What decodes of one layer have not written to their states yet, by slot, oldest first.
+
+    In order each makes a state ``exp(g) S + u k^T``; how many of a slot count, a decode is told.
+
+    Attributes:
+        k: [slots, R, H, K] keys as the convolution gave them, in the activations' dtype.
+        u: [slots, R, HV, V] what is written under them, float32 or the activations' dtype.
+        g: [slots, R, HV] log decay, float32.
+    """
+
+    k: Tensor
+    u: Tensor
+    g: Tensor
+
+    @classmethod
+    def allocate(
+        cls, spec: GdnSpec, num_slots: int, max_deferred: int, device: torch.device | str
+    ) -> DeferredUpdates:
+        """Allocate room for ``max_deferred`` updates, R, of every slot of one layer."""
+        H, HV, K, V = spec.num_k_heads, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
+        _positive(num_slots=num_slots, max_deferred=max_deferred)
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(num_slots, max_deferred, *shape, dtype=dtype, device=device)
+
+        return cls(
+            k=zeros(H, K, dtype=spec.dtype),
+            u=zeros(HV, V, dtype=spec.compute_dtype),
+            g=zeros(HV, dtype=spec.compute_dtype),
+        )
+
+
+@dataclass(slots=True, eq=False)
 class SnapshotDrafts:
     """The state and window after every draft, in the engine's own buffers or allocated here.
 
@@ -257,6 +291,15 @@ def draft_protocol(metadata: VerifyMetadata, drafts: Drafts | None) -> DraftProt
     if metadata.is_tree:
         raise InputError("a slot table holds a chain, got a tree: needs drafts")
     return DraftProtocol.SLOT_TABLE
+
+
+def check_deferred(
+    deferred: DeferredUpdates | None, num_deferred: Tensor | None, flush: Tensor | None
+) -> None:
+    """Raise InputError where a decode is told of updates and not where they are."""
+    for name, value in (("num_deferred", num_deferred), ("flush", flush)):
+        if deferred is None and value is not None:
+            raise InputError(f"{name} is given and deferred is None, needs DeferredUpdates with it")
 
 
 def given(name: str, tensor: Tensor | None) -> Tensor:

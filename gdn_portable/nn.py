@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from gdn_portable.interface import GdnOps
-from gdn_portable.metadata import Drafts, GdnParams, PrefillMetadata, VerifyMetadata
+from gdn_portable.metadata import (
+    DeferredUpdates,
+    Drafts,
+    GdnParams,
+    PrefillMetadata,
+    VerifyMetadata,
+)
 from gdn_portable.spec import GdnSpec
 from gdn_portable.state import StatePool
 
@@ -107,6 +113,9 @@ class GatedDeltaNet(nn.Module):
         *,
         state_indices: Tensor,
         out_state_indices: Tensor | None = None,
+        deferred: DeferredUpdates | None = None,
+        num_deferred: Tensor | None = None,
+        flush: Tensor | None = None,
     ) -> Tensor:
         """Run one token per sequence, hidden [B, hidden_size], as :class:`interface.DecodeStep`."""
         mixed_qkv, gate, b, a = self._project(hidden)
@@ -118,6 +127,9 @@ class GatedDeltaNet(nn.Module):
             pool,
             state_indices=state_indices,
             out_state_indices=out_state_indices,
+            deferred=deferred,
+            num_deferred=num_deferred,
+            flush=flush,
             gate=gate,
         )
         return self._output(o)

@@ -22,7 +22,14 @@ from gdn_portable.interface import (
     MtpVerify,
     RecurrentDecode,
 )
-from gdn_portable.metadata import Drafts, GdnParams, PrefillMetadata, VerifyMetadata
+from gdn_portable.metadata import (
+    DeferredUpdates,
+    Drafts,
+    GdnParams,
+    PrefillMetadata,
+    VerifyMetadata,
+    check_deferred,
+)
 from gdn_portable.spec import GdnSpec, Op
 from gdn_portable.state import StatePool
 
@@ -78,6 +85,9 @@ def decode_step(
     *,
     state_indices: Tensor,
     out_state_indices: Tensor | None = None,
+    deferred: DeferredUpdates | None = None,
+    num_deferred: Tensor | None = None,
+    flush: Tensor | None = None,
     gate: Tensor | None = None,
     out: Tensor | None = None,
     spec: GdnSpec,
@@ -88,6 +98,7 @@ def decode_step(
     """Run a layer's decode."""
     conv_state, state = both_pools(pool)
     check_gate(gate, params)
+    check_deferred(deferred, num_deferred, flush)
     mixed = conv1d_update(
         mixed_qkv,
         params.conv_weight,
@@ -105,6 +116,9 @@ def decode_step(
         state,
         state_indices=state_indices,
         out_state_indices=out_state_indices,
+        deferred=deferred,
+        num_deferred=num_deferred,
+        flush=flush,
         out=out if gate is None else None,
     )
     return apply_gate(o, gate, params, gated_rms_norm, out)

@@ -17,13 +17,14 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from gdn_portable.interface import GdnOps
 from gdn_portable.metadata import (
+    DeferredUpdates,
     Drafts,
     GdnParams,
     PrefillMetadata,
@@ -48,8 +49,10 @@ ABSOLUTE = {
 MATRIX_PRODUCTS = (Op.CHUNK_PREFILL, Op.PREFILL_STEP)
 SLOTS = 24
 MAX_DRAFTS = 5
+MAX_DEFERRED = 5
 
 Arguments = dict[str, Any]
+KeptT = TypeVar("KeptT", ReplayDrafts, SnapshotDrafts, DeferredUpdates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +223,18 @@ class _Inputs:
             "decode to other slots with a gate",
             {**step, "state_indices": read, "out_state_indices": write},
         )
+        slots = torch.tensor([0, 3, -1, SLOTS - 1, 8, 7])
+        step = self.step(6, slots.tolist(), gate=False)
+        step |= {"state_indices": slots, "deferred": self.deferred()}
+        count = torch.tensor([MAX_DEFERRED, 2, 1, 0, MAX_DEFERRED - 1, 3], dtype=torch.int32)
+        yield "decode that defers", {**step, "num_deferred": count}
+        step = self.step(6, slots.tolist(), gate=True)
+        step |= {"state_indices": slots, "deferred": self.deferred(), "num_deferred": count}
+        flush = torch.tensor([False, True, True, True, False, False, True])
+        yield "decode that defers and flushes with a gate", {**step, "flush": flush}
+        step = self.step(6, [4, 9], gate=False)
+        step |= {"state_indices": read, "out_state_indices": write, "deferred": self.deferred()}
+        yield "decode to other slots of what is deferred", {**step, "num_deferred": count}
         zero_keys = self.step(2, [3, 5], gate=False)
         zero_keys["mixed_qkv"] = torch.zeros_like(zero_keys["mixed_qkv"])
         zero_keys["pool"].conv_state[:] = 0
@@ -302,16 +317,20 @@ class _Inputs:
             tensor.fill_(torch.nan)
         return drafts
 
-    def filled(self, drafts: Drafts) -> Drafts:
-        """Return drafts like these that hold numbers, as a verify leaves them."""
-        drafts = copy.deepcopy(drafts)
-        for part in dataclasses.fields(drafts):
-            tensor = getattr(drafts, part.name)
+    def deferred(self) -> DeferredUpdates:
+        return self.filled(DeferredUpdates.allocate(self.spec, self.num_slots, MAX_DEFERRED, "cpu"))
+
+    def filled(self, kept: KeptT) -> KeptT:
+        """Return drafts or updates like these that hold numbers, as a call leaves them."""
+        kept = copy.deepcopy(kept)
+        for part in dataclasses.fields(kept):
+            tensor = getattr(kept, part.name)
             tensor.copy_(self.normal(*tensor.shape))
-        if isinstance(drafts, ReplayDrafts):
-            drafts.g.copy_(-drafts.g.abs())
-            drafts.beta.copy_(drafts.beta.sigmoid())
-        return drafts
+        if isinstance(kept, (ReplayDrafts, DeferredUpdates)):
+            kept.g.copy_(-kept.g.abs())
+        if isinstance(kept, ReplayDrafts):
+            kept.beta.copy_(kept.beta.sigmoid())
+        return kept
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator)
@@ -326,6 +345,7 @@ def _with_parts(name: str, op: Op, spec: GdnSpec, step: Arguments) -> Iterator[C
         for key in ("metadata", "drafts", "state_indices", "out_state_indices")
         if key in step
     }
+    updates: Arguments = {x: step[x] for x in ("deferred", "num_deferred", "flush") if x in step}
     mixed = step["mixed_qkv"]
     conv = {"x": mixed, "weight": params.conv_weight, "bias": params.conv_bias}
     conv |= {"conv_state": pool.conv_state, "out": torch.full(mixed.shape, torch.nan).to(mixed)}
@@ -341,7 +361,7 @@ def _with_parts(name: str, op: Op, spec: GdnSpec, step: Arguments) -> Iterator[C
         g, beta = bind(spec, "cpu", backend="reference", check=False).gating(**gates)
         gates = {"g": g, "beta": beta}
     yield Case(f"conv of {name}", conv_op, spec, {**conv, **batch})
-    yield Case(f"rule of {name}", rule_op, spec, {**rule, **gates, **batch})
+    yield Case(f"rule of {name}", rule_op, spec, {**rule, **gates, **batch, **updates})
 
 
 def _rows_equal(x: Tensor, y: Tensor) -> Tensor:
@@ -375,7 +395,7 @@ def _tensors(arguments: Arguments) -> dict[str, Tensor]:
     for name, value in arguments.items():
         if name in ("state", "conv_state"):
             found[name] = value
-        elif name in ("pool", "drafts") and value is not None:
+        elif name in ("pool", "drafts", "deferred") and value is not None:
             for part in dataclasses.fields(value):
                 found[f"{name}.{part.name}"] = getattr(value, part.name)
     return {name: value for name, value in found.items() if value is not None}

@@ -15,6 +15,7 @@ from torch import Tensor
 from gdn_portable.checks.tensors import INTEGERS
 from gdn_portable.errors import InputError, UnsupportedCallError
 from gdn_portable.metadata import (
+    DeferredUpdates,
     DraftProtocol,
     Drafts,
     GdnParams,
@@ -29,6 +30,7 @@ from gdn_portable.state import StatePool
 from gdn_portable.steps import split_qkv
 
 SHORT = 64  # tokens of a prefill that no kernel cuts into segments
+DECODE = (Op.CONV1D_UPDATE, Op.RECURRENT_DECODE, Op.DECODE_STEP)
 HEADS = 128  # of value, of all sequences of a batch, that fill any device
 
 
@@ -40,6 +42,7 @@ def warmup(
     batch_sizes: Sequence[int] = (1,),
     prefill_tokens: Sequence[int] = (64,),
     max_drafts: int = 4,
+    max_deferred: int = 0,
     protocols: Collection[DraftProtocol] | None = None,
     index_dtypes: Collection[torch.dtype] = INTEGERS,
     progress: Callable[[str], None] | None = None,
@@ -51,6 +54,7 @@ def warmup(
     _refuse_sizes("batch_sizes", batch_sizes)
     _refuse_sizes("prefill_tokens", prefill_tokens)
     _refuse_sizes("max_drafts", (max_drafts,))
+    _refuse_sizes("max_deferred", (max_deferred,))
     say = progress or (lambda _: None)
     target = torch_device(device)
     with torch.device(target), torch.no_grad():
@@ -63,6 +67,9 @@ def warmup(
             for batch in filter(None, batch_sizes):
                 say(f"decode of {batch} sequences, {name} indices")
                 calls.decode(batch)
+                if max_deferred:
+                    say(f"decode of {batch} sequences that defers, {name} indices")
+                    calls.defer(batch, max_deferred)
                 if max_drafts and protocols:
                     say(f"verify of {batch} sequences with {max_drafts} drafts, {name} indices")
                     calls.verify(batch, max_drafts, protocols)
@@ -113,10 +120,20 @@ class _Calls:
     def decode(self, batch: int) -> None:
         """Run a decode in place, and into other slots."""
         slots, pool = self._slots(batch), self._pool(2 * batch)
-        decode = (Op.CONV1D_UPDATE, Op.RECURRENT_DECODE, Op.DECODE_STEP)
-        self._run(decode, batch, pool, state_indices=slots)
+        self._run(DECODE, batch, pool, state_indices=slots)
         others = slots + batch
-        self._run(decode, batch, pool, state_indices=slots, out_state_indices=others)
+        self._run(DECODE, batch, pool, state_indices=slots, out_state_indices=others)
+
+    def defer(self, batch: int, max_deferred: int) -> None:
+        """Run a decode that writes its states now and then, when it says so, and elsewhere."""
+        slots, pool = self._slots(batch), self._pool(2 * batch)
+        count, flush = torch.zeros_like(slots), torch.zeros(batch, dtype=torch.bool)
+        rows = self._slot(batch)
+        kept = DeferredUpdates.allocate(self.spec, rows, max_deferred, self.device)
+        updates = {"deferred": kept, "num_deferred": count}
+        for flag, target in ((None, None), (flush, None), (None, slots + batch)):
+            indices = {"state_indices": slots, "out_state_indices": target}
+            self._run(DECODE, batch, pool, {**updates, "flush": flag}, **indices)
 
     def verify(self, batch: int, max_drafts: int, protocols: Collection[DraftProtocol]) -> None:
         """Verify and commit under every protocol that the spec has room for."""
@@ -163,9 +180,16 @@ class _Calls:
                 if isinstance(drafts, SnapshotDrafts):
                     yield replace(drafted, rows=counts[:batch])
 
-    def _run(self, ops: tuple[Op, Op, Op], tokens: int, pool: StatePool, **batch: Any) -> None:
+    def _run(
+        self,
+        ops: tuple[Op, Op, Op],
+        tokens: int,
+        pool: StatePool,
+        updates: Mapping[str, Any] | None = None,
+        **batch: Any,
+    ) -> None:
         """Run a convolution, a recurrence, their step, and what stands between them, on ones."""
-        conv, rule, step = ops
+        (conv, rule, step), updates = ops, updates or {}
         HV, V, D, dtype = (
             self.spec.num_v_heads,
             self.spec.head_v_dim,
@@ -192,11 +216,11 @@ class _Calls:
             gates = (a, a, params.A_log, params.dt_bias)
             g_beta = self._call(Op.GATING, *gates)
             gates = g_beta if rule is Op.CHUNK_PREFILL else gates
-            self._call(rule, q, k, v, *gates, pool.state, **batch)
+            self._call(rule, q, k, v, *gates, pool.state, **updates, **batch)
         o = torch.ones(tokens, HV, V, dtype=dtype)
         self._call(Op.GATED_RMS_NORM, o, gate, plain.norm_weight, eps=plain.norm_eps)
         for params, given in product((*rates, biased), (None, gate)):
-            self._call(step, mixed, a, a, params, pool, gate=given, **batch)
+            self._call(step, mixed, a, a, params, pool, gate=given, **updates, **batch)
 
     def _call(self, op: Op, *args: Any, **kwargs: Any) -> Any:
         """Run an op, unless its kernel cannot do such a call: then there is nothing to warm."""

@@ -246,6 +246,8 @@ def fused_sigmoid_gating_delta_rule_update(
     *, A_log, a, dt_bias, softplus_beta, softplus_threshold, q, k, v, b, initial_state_source,
     initial_state_indices, scale, use_qk_l2norm_in_kernel, cu_seqlens, disable_state_update=False,
     intermediate_states_buffer=None, intermediate_state_indices=None, cache_steps=None,
+    cache_ring=False, replayssm_rawv=None, replayssm_rawk=None, replayssm_g=None,
+    replayssm_beta=None,
 ):  # fmt: skip
     assert (softplus_beta, softplus_threshold) == (1.0, 20.0)
     g, beta = _gates(A_log, a, dt_bias, b)
@@ -255,11 +257,33 @@ def fused_sigmoid_gating_delta_rule_update(
         tensors = (q[0, span], k[0, span], v[0, span], g[span], beta[span])
         o, states = _rule(*tensors, initial_state_source[slot], scale, use_qk_l2norm_in_kernel)
         out[0, span] = o.to(v.dtype)
+        if cache_ring:
+            assert disable_state_update
+            for ring, rows in (
+                (replayssm_rawv, v[0]), (replayssm_rawk, k[0]), (replayssm_g, g),
+                (replayssm_beta, beta),
+            ):  # fmt: skip
+                ring[slot] = rows[span].transpose(0, 1)
         if intermediate_states_buffer is not None:
             intermediate_states_buffer[int(intermediate_state_indices[row])] = torch.stack(states)
         if not disable_state_update:
             initial_state_source[slot] = states[-1]
     return out
+
+
+def commit_gdn_replayssm_fold_all_layers(
+    *, checkpoint_state, rawv_cache, rawk_cache, g_cache, beta_cache, ssm_state_indices,
+    accept_lens, max_cache_len, num_k_heads, use_qk_l2norm_in_kernel,
+):  # fmt: skip
+    assert rawk_cache.shape[2:4] == (num_k_heads, max_cache_len)
+    for row, slot in enumerate(ssm_state_indices.tolist()):
+        k, v, g, beta = (
+            ring[0, slot].transpose(0, 1)[: int(accept_lens[row])]
+            for ring in (rawk_cache, rawv_cache, g_cache, beta_cache)
+        )
+        state = checkpoint_state[0, slot]
+        states = _rule(k, k, v, g, beta, state, 1.0, use_qk_l2norm_in_kernel)[1]
+        checkpoint_state[0, slot] = states[-1]
 
 
 def fused_recurrent_gated_delta_rule_packed_decode(
@@ -275,6 +299,28 @@ def fused_recurrent_gated_delta_rule_packed_decode(
         tensors = (x[n : n + 1] for x in (q, k, v, g, beta))
         out[n], states = _rule(*tensors, initial_state[slot], scale, use_qk_l2norm_in_kernel)
         initial_state[slot] = states[-1]
+    return out, initial_state
+
+
+def fused_recurrent_linear_replayssm_decode(
+    *, mixed_qkv, a, b, A_log, dt_bias, scale, initial_state, d_cache, k_cache, g_cache, out,
+    ssm_state_indices, write_pos, use_qk_l2norm_in_kernel,
+):  # fmt: skip
+    g, beta = _gates(A_log, a, dt_bias, b)
+    HV, V, K = initial_state.shape[1:]
+    qk, ratio = (mixed_qkv.shape[1] - HV * V) // 2, HV // k_cache.shape[1]
+    q, k, v = mixed_qkv.split((qk, qk, HV * V), -1)
+    q, k, v = q.unflatten(-1, (-1, K)), k.unflatten(-1, (-1, K)), v.unflatten(-1, (HV, V))
+    for n, slot in enumerate(ssm_state_indices.tolist()):
+        S, at = initial_state[slot].float(), int(write_pos[n])
+        for j in range(at):
+            key = k_cache[slot, :, j].float().repeat_interleave(ratio, 0)
+            S = g_cache[slot, :, j].exp()[:, None, None] * S
+            S = S + torch.einsum("hv,hk->hvk", d_cache[slot, :, j].float(), key)
+        tensors = (x[n : n + 1] for x in (q, k, v, g, beta))
+        out[n], states = _rule(*tensors, S, scale, use_qk_l2norm_in_kernel)
+        if at == d_cache.shape[2] - 1:
+            initial_state[slot] = states[-1]
     return out, initial_state
 
 
@@ -333,8 +379,12 @@ MODULES: dict[str, tuple[Callable[..., Any], ...]] = {
     f"{SGLANG}.attention.linear.fused_sigmoid_gating_recurrent": (
         fused_sigmoid_gating_delta_rule_update,
     ),
+    f"{SGLANG}.attention.linear.gdn_replayssm_spec_fold": (commit_gdn_replayssm_fold_all_layers,),
     f"{SGLANG}.attention.linear.fused_gdn_gating": (fused_gdn_gating,),
     f"{SGLANG}.attention.fla.fused_recurrent": (fused_recurrent_gated_delta_rule_packed_decode,),
+    f"{SGLANG}.attention.linear.fused_recurrent_linear_replayssm": (
+        fused_recurrent_linear_replayssm_decode,
+    ),
     f"{SGLANG}.attention.fla.chunk": (_named("chunk_gated_delta_rule", _sglang_chunk),),
     f"{SGLANG}.attention.fla.layernorm_gated": (_named("rms_norm_gated", _sglang_norm),),
 }

@@ -15,6 +15,7 @@ from tests.cases import (
     ab,
     conv_params,
     decays,
+    deferred_updates,
     flags,
     g_beta,
     gate,
@@ -51,10 +52,11 @@ VERIFIES = ("conv1d_verify", "mtp_verify", "verify_step")
 REPLAYS, SNAPSHOTS, TABLES = (
     tuple(f"{op} {protocol}" for op in VERIFIES) for protocol in ("replay", "snapshot", "table")
 )
+DEFERRED = ("recurrent_decode deferred", "decode_step deferred")
 COMMITS = ("mtp_commit replay", "mtp_commit snapshot")
 CASES = (
     *("gating", "gated_rms_norm", "plan_prefill"),
-    *(PREFILLS + DECODES + REPLAYS + SNAPSHOTS + TABLES + COMMITS),
+    *(PREFILLS + DECODES + DEFERRED + REPLAYS + SNAPSHOTS + TABLES + COMMITS),
 )
 
 
@@ -97,6 +99,10 @@ def call_of(case: str, spec: GdnSpec = SPEC) -> Call:
 
 def _batch(op: str, protocol: str, spec: GdnSpec) -> Call:
     """Return metadata, slots and drafts: two sequences, of 3 and 2 tokens where packed."""
+    if protocol == "deferred":
+        updates = deferred_updates(spec, generator(1), NUM_SLOTS, MAX_DRAFTS)
+        counts = {"num_deferred": slots(2, 3), "flush": flags(True, False)}
+        return {"state_indices": slots(1, 4), "deferred": updates, **counts}
     if op in DECODES:
         return {"state_indices": slots(1, 4), "out_state_indices": slots(1, 5)}
     if op in (*PREFILLS, "plan_prefill"):

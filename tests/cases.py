@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdn_portable import GdnParams, GdnSpec, ReplayDrafts, SnapshotDrafts, StatePool, bind
+from gdn_portable import (
+    DeferredUpdates,
+    GdnParams,
+    GdnSpec,
+    ReplayDrafts,
+    SnapshotDrafts,
+    StatePool,
+    bind,
+)
 from gdn_portable.metadata import conv_slot_shape, state_slot_shape
 from tests import oracle
 
@@ -240,6 +248,18 @@ def pending_drafts(spec, rng, num_slots, max_drafts, pending):
         drafts.g[slot, :count] *= -drafts.g[slot, :count].sign()
         drafts.beta[slot, :count] = drafts.beta[slot, :count].sigmoid()
     return drafts
+
+
+def deferred_updates(spec, rng, num_slots, room, counts=None):
+    """Updates of which the first ``counts[slot]`` of a slot are there, or all; others are NaN."""
+    updates = DeferredUpdates.allocate(spec, num_slots, room, "cpu")
+    for tensor in tensors(updates):
+        tensor.copy_(random(rng, *tensor.shape))
+    updates.g *= -updates.g.sign()
+    for slot in range(num_slots if counts is not None else 0):
+        for tensor in tensors(updates):
+            tensor[slot, counts.get(slot, 0) :] = torch.nan
+    return updates
 
 
 def snapshot_drafts(spec, num_rows, steps, layers=()):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gdn_portable import (
+    DeferredUpdates,
     Device,
     GdnOps,
     GdnSpec,
@@ -23,6 +24,7 @@ from gdn_portable import (
     Op,
     PrefillMetadata,
     SnapshotDrafts,
+    UnsupportedCallError,
     VerifyMetadata,
     bind,
 )
@@ -56,7 +58,7 @@ CASES = {
     f"{name}: {case.name}": case
     for name, spec in SPECS.items()
     for case in cases(spec)
-    if case.op in RULES
+    if case.op in RULES and "deferred" not in case.arguments
 } | {
     f"float16, ratio 3: {case.name}": case for case in cases(RATIO_3) if case.op is Op.CHUNK_PREFILL
 }
@@ -86,6 +88,17 @@ def test_an_adapter_passes_the_case(case: Case, calls: list[str]) -> None:
     case.check(_with(case.spec, **{case.op.value: launch}))
 
     assert calls
+
+
+def test_a_decode_that_writes_every_state_is_not_told_to_defer(calls: list[str]) -> None:
+    launch = _adapter(SPEC, RULES[Op.RECURRENT_DECODE])
+    rng = generator()
+    rows = (*qkv(SPEC, rng, 1), *ab(SPEC, rng, 1), *decays(SPEC, rng), _states(SPEC))
+    deferred = DeferredUpdates.allocate(SPEC, SLOTS + 1, 2, "cpu")
+
+    with pytest.raises(UnsupportedCallError, match="deferred is given: the kernel writes every"):
+        launch(*rows, state_indices=torch.tensor([1]), deferred=deferred)
+    assert not calls
 
 
 def _states(spec: GdnSpec) -> Tensor:

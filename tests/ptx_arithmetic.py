@@ -12,6 +12,7 @@ Array = np.ndarray[Any, Any]
 KINDS: dict[str, Any] = {
     "f32": np.float32, "u32": np.uint32, "s32": np.int32, "b32": np.uint32, "u64": np.uint64,
     "s64": np.int64, "b64": np.uint64, "u16": np.uint16, "f16": np.float16, "pred": np.uint64,
+    "b8": np.uint8, "b16": np.uint16,
 }  # fmt: skip
 COMPARE: dict[str, Callable[..., Any]] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
@@ -27,6 +28,12 @@ def _in_double(function: Callable[[Any], Any]) -> Callable[[Array], Array]:
     return lambda x: np.float32(function(x.astype(np.float64)))
 
 
+def _field(x: Array, start: Array, length: Array) -> Array:
+    ones = (np.uint64(1) << length.astype(np.uint64)) - np.uint64(1)
+    assert x.dtype == np.uint32, "the field of a signed number"
+    return ((x.astype(np.uint64) >> start.astype(np.uint64)) & ones).astype(np.uint32)
+
+
 # by the first part of their names
 PLAIN: dict[str, Callable[..., Any]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": _divide, "and": np.bitwise_and,
@@ -34,7 +41,7 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "abs": np.abs, "min": np.minimum, "max": np.maximum, "shl": np.left_shift,
     "shr": np.right_shift, "mov": lambda x: x, "mad": lambda x, y, z: x * y + z,
     "rcp": _in_double(np.reciprocal), "ex2": _in_double(np.exp2), "lg2": _in_double(np.log2),
-    "rsqrt": _in_double(lambda x: 1 / np.sqrt(x)),
+    "rsqrt": _in_double(lambda x: 1 / np.sqrt(x)), "bfe": _field,
 }  # fmt: skip
 
 
@@ -61,6 +68,11 @@ def _fused(rounds_down: bool, x: Array, y: Array, z: Array) -> Array:
         below = np.nextafter(rounded, np.float32(-np.inf))
         return np.where(rounded > exact, below, rounded)
     return rounded
+
+
+def from_bfloat16(bits: Array) -> Array:
+    """Return the numbers that bits are."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def to_bfloat16(x: Array) -> Array:

@@ -2,7 +2,8 @@
 """Runs a block of a kernel in PTX: warps take turns at random, bulk copies land when they may.
 
 It has barriers in shared memory, named barriers and bulk copies; what orders memory between threads
-and units it takes for granted.
+and units it takes for granted. No two lanes may store different numbers at one place of shared
+memory at once: which of them is loaded is anybody's guess.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tests.ptx_arithmetic import (
     KINDS,
     Array,
     compute,
+    from_bfloat16,
     matrix_product,
     to_bfloat16,
     to_float16,
@@ -87,6 +89,7 @@ class Block:
     index: int
     grid: int
     rng: random.Random
+    waits: bool = True  # for the kernel in front, before it touches global memory
     barriers: dict[int, Barrier] = field(default_factory=dict)
     named: dict[int, Named] = field(default_factory=dict)
     copies: list[Copy] = field(default_factory=list)
@@ -136,7 +139,7 @@ class Warp:
         self.is_live = np.ones(WARP, bool)
         self.copies = 0  # to global memory that have not landed
         self.generation: int | None = None  # of the named barrier that it waits at
-        self.begins = False  # after the kernel in front of this one
+        self.begins = not block.waits  # after the kernel in front of this one
 
     @property
     def is_alive(self) -> bool:
@@ -208,7 +211,7 @@ class Warp:
         name = str(operand)
         if name in self.registers:
             bits = self.registers[name]
-        elif name.startswith("__dynamic_shmem"):
+        elif name.startswith(("__dynamic_shmem", "global_smem")):
             bits = np.zeros(WARP, np.uint64)
         else:
             number = int(name[2:], 16) if name.startswith("0f") else int(name, 0)
@@ -257,9 +260,12 @@ class Warp:
             for target, x in zip(operands[0], sums, strict=True):
                 self._put(target, x, mask)
         elif name == "mov" and isinstance(operands[0], tuple):
-            word = self._get(operands[1], np.uint32)
-            for half, target in enumerate(operands[0]):
-                self._put(target, (word >> np.uint32(16 * half)).astype(np.uint16), mask)
+            word, bits = self._get(operands[1], np.uint64), int(parts[1][1:]) // len(operands[0])
+            for n, target in enumerate(operands[0]):
+                self._put(target, (word >> np.uint64(bits * n)).astype(f"u{bits // 8}"), mask)
+        elif name in ("ldmatrix", "stmatrix"):
+            assert mask.all(), "part of a warp moves matrices"
+            self._move_matrices(name == "ldmatrix", operands)
         else:
             self._put(operands[0], self._computed(parts, operands, kind), mask)
 
@@ -267,7 +273,17 @@ class Warp:
         name, given = parts[0], operands[1:]
         if name == "shfl":
             lane = self._get(given[1], np.uint32).astype(int) & (WARP - 1)
+            lane = {"idx": lane, "bfly": np.arange(WARP) ^ lane}[parts[2]]
             return self._get(given[0], np.uint32)[lane]
+        if name == "mov" and isinstance(given[0], tuple):
+            bits = int(parts[1][1:]) // len(given[0])
+            numbers = (self._get(x, f"u{bits // 8}").astype(np.uint64) for x in given[0])
+            word = sum(x << np.uint64(bits * n) for n, x in enumerate(numbers))
+            return np.asarray(word).astype(kind)
+        if name == "cvt" and parts[-1] == "bf16":
+            return from_bfloat16(self._get(given[0], np.uint16))
+        if name == "cvt" and parts[-2] == "bf16":
+            return to_bfloat16(self._get(given[0], np.float32)).astype(np.uint16)
         if name == "selp":
             yes, no = (self._get(x, kind) for x in given[:2])
             return np.where(self._bits(str(given[2])), yes, no)
@@ -327,4 +343,24 @@ class Warp:
                 self._put(word, x, mask)
             else:
                 x = np.ascontiguousarray(self._get(word, kind)[mask])
-                memory.data[at] = x[:, None].view(np.uint8).reshape(at.shape)
+                self._store(memory, at, x)
+
+    def _move_matrices(self, loads: bool, operands: Sequence[Operand]) -> None:
+        """Move matrices of 8 x 16 bytes: a lane has where a row is, and 4 bytes of each matrix."""
+        words, where = operands if loads else reversed(operands)
+        words = words if isinstance(words, tuple) else (words,)
+        every, lane = np.ones(WARP, bool), np.arange(WARP)
+        rows = np.array(self._addresses(where, every))
+        for n, word in enumerate(words):
+            at = self.block.shared.at(rows[8 * n + lane // 4] + lane % 4 * 4, 4)
+            if loads:
+                x = np.ascontiguousarray(self.block.shared.data[at]).view(np.uint32)[:, 0]
+                self._put(word, x, every)
+            else:
+                self._store(self.block.shared, at, np.ascontiguousarray(self._get(word, np.uint32)))
+
+    def _store(self, memory: Space, at: Array, x: Array) -> None:
+        stored = x[:, None].view(np.uint8).reshape(at.shape)
+        memory.data[at] = stored
+        if memory is self.block.shared:
+            assert (memory.data[at] == stored).all(), "lanes store different numbers at one place"

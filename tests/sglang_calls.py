@@ -93,19 +93,37 @@ def by_way_of_sglang(ops: GdnOps, bind: Bind) -> GdnOps:
         g, beta = functions.fused_gdn_gating(A_log, a, b, dt_bias)
         return g[0], beta[0]
 
-    def recurrent_decode(q, k, v, a, b, A_log, dt_bias, state, *, state_indices, out=None):
-        return kernel.decode(
-            q[None],
-            k[None],
-            v[None],
+    def recurrent_decode(
+        q, k, v, a, b, A_log, dt_bias, state, *, state_indices, deferred=None, out=None, **counts
+    ):
+        pool = {"ssm_states": state, "cache_indices": state_indices}
+        if deferred is None:
+            offsets = torch.arange(len(q) + 1, device=q.device)
+            rows = (x[None] for x in (q, k, v))
+            rates = {"A_log": A_log, "dt_bias": dt_bias}
+            return kernel.decode(*rows, a, b, **rates, **pool, query_start_loc=offsets)[0]
+        kept = deferred.u, deferred.k, deferred.g
+        # a ring has a row more, which is never used
+        ring = [
+            torch.cat([x, torch.full_like(x[:, :1], torch.nan)], 1).transpose(1, 2) for x in kept
+        ]
+        y = kernel.packed_decode(
+            torch.cat([x.flatten(1) for x in (q, k, v)], 1),
             a,
             b,
             A_log=A_log,
             dt_bias=dt_bias,
-            ssm_states=state,
-            cache_indices=state_indices,
-            query_start_loc=torch.arange(len(q) + 1, device=q.device),
+            scale=ops.spec.q_scale,
+            **pool,
+            num_v_heads=v.shape[1],
+            head_v_dim=v.shape[2],
+            **dict(zip(("replayssm_d", "replayssm_k", "replayssm_g"), ring, strict=True)),
+            replayssm_write_pos=counts["num_deferred"],
+            replayssm_force_flush=counts.get("flush"),
         )[0]
+        for x, row in zip(kept, ring, strict=True):
+            x.copy_(row.transpose(1, 2)[:, :-1])
+        return y
 
     def chunk_prefill(q, k, v, g, beta, state, *, metadata, out=None):
         given = metadata.has_initial_state

@@ -86,7 +86,8 @@ def test_a_verify_moves_so_many_states(protocol: DraftProtocol, op: str, states:
 def test_the_default_cases_are_the_table_that_was_asked_for() -> None:
     names = [case.name for case in default_cases()]
 
-    assert len(names) == len(set(names)) == 41
+    assert len(names) == len(set(names)) == 51
+    assert "decode_step/H16-HV32/B128/fp32/deferred7/real" in names
     assert "decode_step/H16-HV32/B512/bf16/real" in names
     assert "verify_step/H16-HV32/B128xP4/fp32/replay/real" in names
     assert "front_end/H16-HV32/1x16384/fp32/real" in names

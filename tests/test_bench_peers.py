@@ -65,6 +65,10 @@ def _verify(op: str, protocol: DraftProtocol) -> Case:
                 "sglang conv + fla recurrent",
             ],
         ),
+        (
+            Case(op="decode_step", spec=SPEC, lengths=(1,) * 4, deferred=3),
+            ["sglang conv + sglang ring decode"],
+        ),
         (Case(op="conv1d_update", spec=SPEC, lengths=(1, 1)), ["sglang conv", "fla conv"]),
         (Case(op="conv1d_prefill", spec=SPEC, lengths=(5, 2)), ["sglang conv", "fla conv"]),
         (
@@ -117,14 +121,30 @@ def test_peers_compute_what_our_kernels_do(case: Case, names: list[str]) -> None
 
 
 @pytest.mark.usefixtures("calls")
-def test_a_replay_stands_beside_a_snapshot_and_its_commit_and_is_not_compared() -> None:
+def test_a_replay_stands_beside_commits_of_this_step_and_is_not_compared() -> None:
     rows = _rows(_verify("verify_step", DraftProtocol.REPLAY))[1:]
 
     assert [row.kernel for row in rows] == [
         "sglang conv + flashinfer mtp + sglang commit",
         "sglang conv + sglang verify + sglang commit",
+        "sglang conv + sglang ring verify + sglang fold",
     ]
-    assert [row.error for row in rows] == [row.difference for row in rows] == [None, None]
+    assert [row.error for row in rows] == [row.difference for row in rows] == [None] * 3
+
+
+@pytest.mark.usefixtures("calls")
+def test_a_fold_leaves_the_states_that_a_snapshot_and_its_commit_do() -> None:
+    states = []
+    for protocol in (DraftProtocol.SNAPSHOT, DraftProtocol.REPLAY):
+        case = _verify("verify_step", protocol)
+        rotation = run.draw(case, torch.device("cpu"), 1, 1 << 20)
+        rotation.refresh()
+        last = peers.peers(case)[-1]
+        last.prepare(rotation.batches[0])()
+        states.append((rotation.batches[0].state, rotation.batches[0].conv_state))
+
+    for one, other in zip(*states, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("norms", [False, True])

@@ -185,7 +185,7 @@ def test_the_list_of_cases_needs_no_gpu(command: Command, tmp_path: Path) -> Non
 
     assert everything.code == of_config.code == 0
     assert len(everything.stdout.splitlines()) == len(all_cases())
-    assert sum("default" in line for line in everything.stdout.splitlines()) == 41
+    assert sum("default" in line for line in everything.stdout.splitlines()) == 51
     assert "decode_step/H2-HV4/B8/fp32/real" in of_config.stdout
     assert "H16" not in of_config.stdout
 
@@ -256,7 +256,7 @@ def test_an_op_without_default_cases_is_timed_at_the_usual_sizes(command: Comman
 
     chosen = cases(["decode_step", "recurrent_decode"], None, None, 1, 4, everything=False)
 
-    assert sum(case.op == "decode_step" for case in chosen) == 10
+    assert sum(case.op == "decode_step" for case in chosen) == 20
     assert sum(case.op == "recurrent_decode" for case in chosen) == 25
 
 

@@ -16,6 +16,7 @@ from tests.calls import (
     CASES,
     COMMITS,
     DECODES,
+    DEFERRED,
     NUM_SLOTS,
     PREFILLS,
     REPLAYS,
@@ -186,7 +187,7 @@ def test_the_last_axis_of_vectors_and_states_must_be_contiguous(case: str, name:
         (case, name)
         for case, name in TENSORS
         if name in ("out", "state", "conv_state", "checkpoint_state")
-        or name.startswith("pool__")
+        or name.startswith(("pool__", "deferred__"))
         or (name.startswith("drafts__") and _writes(case, _own(name)))
     ],
 )
@@ -299,6 +300,32 @@ def test_a_step_needs_both_pools(case: str, part: str) -> None:
     assert f"pool.{part} is None, needs a " in message
 
 
+@pytest.mark.parametrize("case", DEFERRED)
+@pytest.mark.parametrize("name", ["num_deferred", "flush"])
+def test_what_is_deferred_is_given_with_its_count(case: str, name: str) -> None:
+    call = call_of(case)
+    others = {other: None for other in ("num_deferred", "flush") if other != name}
+
+    message = refusal(case, replaced(call, deferred=None, **others))
+
+    assert f"{name} is given and deferred is None, needs DeferredUpdates with it" in message
+
+
+@pytest.mark.parametrize("case", DEFERRED)
+@pytest.mark.parametrize("count", [-1, 4])
+def test_no_more_is_deferred_than_there_is_room_for(case: str, count: int) -> None:
+    message = refusal(case, replaced(call_of(case), num_deferred=slots(count, 0)))
+
+    assert f"num_deferred[0] is {count}, needs 0 to 3" in message
+
+
+@pytest.mark.parametrize("case", DEFERRED)
+def test_the_count_of_padding_may_be_any(case: str) -> None:
+    call = replaced(call_of(case), state_indices=slots(-1, 4), num_deferred=slots(99, 0))
+
+    assert run(case, call)[0].eq(0).all()
+
+
 @pytest.mark.parametrize("case", STEPS)
 def test_a_gate_needs_a_norm_weight(case: str) -> None:
     message = refusal(case, replaced(call_of(case), params__norm_weight=None))
@@ -312,7 +339,7 @@ def test_a_gate_needs_a_norm_weight(case: str) -> None:
         (case, name)
         for case, name in TENSORS
         if "__" not in name and name not in ("bias", "out", "gate", "checkpoint_state")
-        if name != "out_state_indices"
+        if name not in ("out_state_indices", "num_deferred", "flush")
     ],
 )
 def test_a_tensor_that_is_needed_may_not_be_none(case: str, name: str) -> None:

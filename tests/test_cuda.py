@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gdn_portable import (
     ConvLayout,
+    DeferredUpdates,
     DraftProtocol,
     GdnOps,
     GdnParams,
@@ -192,7 +193,7 @@ def test_a_state_that_keys_made_grow_is_not_forgotten() -> None:
     assert_remembered(out.cpu(), expected)
 
 
-P = 4
+P, ROOM = 4, 3
 Slots = Sequence[int]
 
 
@@ -252,27 +253,42 @@ def _prefill(spec: GdnSpec, s: Slots, *, kept: bool = False) -> Work:
     )
 
 
-def _decode(spec: GdnSpec, s: Slots, *, gated: bool = False) -> Work:
+def _decode(spec: GdnSpec, s: Slots, *, gated: bool = False, defers: bool = False) -> Work:
     arguments = {**_rows(spec, 3, gated=gated), "state_indices": _index(s[0], s[4], -1)}
-    return Work("decode_step", arguments, {"state_indices": _index(s[1], -1, s[5])})
+    changes = {"state_indices": _index(s[1], -1, s[5])}
+    if defers:
+        updates = _filled(DeferredUpdates.allocate(spec, max(s) + 1, ROOM, "cuda"), _index(*s))
+        arguments |= {"deferred": updates, "num_deferred": _index(ROOM, 2, 0)}
+        changes["num_deferred"] = _index(1, 0, ROOM)
+    if defers and gated:
+        arguments["flush"] = _index(False, True, False)
+        changes["flush"] = _index(True, False, False)
+    return Work("decode_step", arguments, changes)
+
+
+Kept = TypeVar("Kept", ReplayDrafts, SnapshotDrafts, DeferredUpdates)
+
+
+def _filled(kept: Kept, used: Tensor) -> Kept:
+    """Return what is kept with numbers where the slots, or any rows, have theirs."""
+    rng = _rng()
+    for field in dataclasses.fields(kept):
+        tensor = getattr(kept, field.name)
+        tensor[used] = _normal(rng, len(used), *tensor.shape[1:], dtype=tensor.dtype)
+    if not isinstance(kept, SnapshotDrafts):
+        kept.g.abs_().neg_()
+    if isinstance(kept, ReplayDrafts):
+        kept.beta.sigmoid_()
+    return kept
 
 
 def _drafts(spec: GdnSpec, s: Slots, protocol: str) -> ReplayDrafts | SnapshotDrafts | None:
-    """Return drafts with numbers where the slots, or any rows, have theirs."""
+    """Return drafts that a step before may have left."""
     if protocol == "slot table":
         return None
     if protocol == "snapshot":
-        drafts, used = SnapshotDrafts.allocate(spec, 3, P, "cuda"), _index(0, 1, 2)
-    else:
-        drafts, used = ReplayDrafts.allocate(spec, max(s) + 1, P, "cuda"), _index(*s)
-    rng = _rng()
-    for field in dataclasses.fields(drafts):
-        tensor = getattr(drafts, field.name)
-        tensor[used] = _normal(rng, len(used), *tensor.shape[1:], dtype=tensor.dtype)
-    if isinstance(drafts, ReplayDrafts):
-        drafts.g.abs_().neg_()
-        drafts.beta.sigmoid_()
-    return drafts
+        return _filled(SnapshotDrafts.allocate(spec, 3, P, "cuda"), _index(0, 1, 2))
+    return _filled(ReplayDrafts.allocate(spec, max(s) + 1, P, "cuda"), _index(*s))
 
 
 def _batch(s: Slots, protocol: str, *, ragged: bool) -> tuple[VerifyMetadata, dict[str, Tensor]]:
@@ -309,6 +325,8 @@ WARM: dict[str, tuple[Make, dict[str, Any]]] = {
     "prefill": (_prefill, {}),
     "decode": (_decode, {}),
     "decode with a gate": (_decode, {"gated": True}),
+    "decode that defers": (_decode, {"defers": True}),
+    "decode that defers and flushes with a gate": (_decode, {"defers": True, "gated": True}),
     **{
         f"verify by {name}": (_verify, {"protocol": name})
         for name in ("replay", "snapshot", "slot table")
@@ -369,6 +387,8 @@ def _check_graph(ops: GdnOps, work: Work) -> None:
     torch.cuda.synchronize()
     _assert_equal(out, expected)
     _assert_same(pool, other)
+    for name, value in leaves(work.arguments).items():
+        assert torch.equal(value, leaves(apart)[name]), name
 
 
 @pytest.mark.parametrize("name", WORKS)
@@ -407,7 +427,7 @@ def test_after_warmup_a_graph_is_captured_and_nothing_compiles(
     knobs = pytest.importorskip("triton").knobs
     ops, compiled = bind(FRESH, "cuda"), []
     work = _work(name, FRESH, range(3, 11))
-    ops.warmup(batch_sizes=(3,), prefill_tokens=(100,), max_drafts=P)
+    ops.warmup(batch_sizes=(3,), prefill_tokens=(100,), max_drafts=P, max_deferred=ROOM)
     torch.cuda.synchronize()
 
     def note(*, fn: Any, **_: Any) -> None:
@@ -504,6 +524,7 @@ def _readers(spec: GdnSpec, mixed: Tensor) -> dict[str, Reader]:
     rng = _rng()
     g, beta = -_normal(rng, ROWS, HV).abs(), _normal(rng, ROWS, HV).sigmoid()
     packed = PrefillMetadata(_index(0, ROWS), _index(0))
+    updates = {"deferred": DeferredUpdates.allocate(spec, ROWS, ROOM, "cuda")}
     drafted = {
         "metadata": VerifyMetadata(slots[: ROWS // P], P),
         "drafts": SnapshotDrafts.allocate(spec, ROWS // P, P, "cuda"),
@@ -520,6 +541,12 @@ def _readers(spec: GdnSpec, mixed: Tensor) -> dict[str, Reader]:
         ),
         "recurrent_decode": lambda ops, pool: ops.recurrent_decode(
             *qkv, a, b, *rates, pool.state, state_indices=slots
+        ),
+        "recurrent_decode that defers": lambda ops, pool: ops.recurrent_decode(
+            *qkv, a, b, *rates, pool.state, state_indices=slots, **updates
+        ),
+        "decode_step that defers": lambda ops, pool: ops.decode_step(
+            mixed, a, b, params, pool, state_indices=slots, **updates
         ),
         "chunk_prefill": lambda ops, pool: ops.chunk_prefill(
             *qkv, g, beta, pool.state, metadata=packed
@@ -539,7 +566,11 @@ def _readers(spec: GdnSpec, mixed: Tensor) -> dict[str, Reader]:
 
 @pytest.mark.parametrize("backend", [None, "triton"])
 @pytest.mark.parametrize(
-    "op", [op.value for op in Op if op not in (Op.PLAN_PREFILL, Op.MTP_COMMIT)]
+    "op",
+    [
+        *(op.value for op in Op if op not in (Op.PLAN_PREFILL, Op.MTP_COMMIT)),
+        *("recurrent_decode that defers", "decode_step that defers"),
+    ],
 )
 @pytest.mark.parametrize("joins", [False, True], ids=["one stream", "two that join"])
 def test_an_op_waits_for_the_kernels_that_let_it_start_early(

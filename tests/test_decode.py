@@ -19,6 +19,7 @@ from tests.cases import (
     copies,
     cpu,
     decays,
+    deferred_updates,
     gate,
     generator,
     index_forms,
@@ -32,6 +33,7 @@ from tests.cases import (
     random,
     slots,
     state_pool,
+    tensors,
 )
 
 both_layouts = pytest.mark.parametrize("state_layout", list(StateLayout))
@@ -290,6 +292,84 @@ def test_decodes_equal_one_prefill(length):
     assert_close(torch.cat(got), want)
     assert_close(states.conv_state[1], prefilled.conv_state[1])
     assert_close(states.state[1], prefilled.state[1])
+
+
+def _count(counts, flush, room):
+    """Count what is deferred after a call, as the contract says."""
+    return torch.where((counts == room) | flush, 0, counts + 1)
+
+
+@both_layouts
+@pytest.mark.parametrize("room", [1, 2, 5])
+@pytest.mark.parametrize("qk_l2norm", [True, False])
+def test_states_that_are_written_now_and_then_are_those_that_always_are(
+    room, qk_l2norm, state_layout
+):
+    spec = replace(SPEC, state_layout=state_layout, qk_l2norm=qk_l2norm)
+    rng, ops, live = generator(), cpu(spec), torch.tensor([True, False, True])
+    always, weights = pool(spec, rng, 6, live=[5, 2], paged=True), params(spec, rng)
+    seldom, counts = copies(always), slots(0, 0, 0)
+    deferred = deferred_updates(spec, rng, 6, room, counts={})
+    for step in range(3 * room):
+        rows = mixed_qkv(spec, rng, 3), *ab(spec, rng, 3)
+        batch = {"state_indices": slots(5, -1, 2), "gate": gate(spec, rng, 3)}
+        flush = torch.tensor([step == 2, True, False])
+        before = copies(seldom)
+
+        want = ops.decode_step(*rows, weights, always, **batch)
+        got = ops.decode_step(
+            *rows, weights, seldom, deferred=deferred, num_deferred=counts, flush=flush, **batch
+        )
+
+        writes = live & ((counts == room) | flush)
+        counts = _count(counts, flush, room)
+        assert_close(got, want)
+        assert_close(seldom.conv_state[[5, 2]], always.conv_state[[5, 2]])
+        for slot, written in ((5, writes[0]), (2, writes[2])):
+            expected = always if written else before
+            assert_close(seldom.state[slot], expected.state[slot])
+
+
+def test_what_is_deferred_is_carried_out_in_other_slots():
+    rng, ops = generator(), cpu(SPEC)
+    states, weights = pool(SPEC, rng, 6, live=[5, 2]), params(SPEC, rng)
+    deferred = deferred_updates(SPEC, rng, 6, 4, counts={5: 4, 2: 1})
+    rows = mixed_qkv(SPEC, rng, 3), *ab(SPEC, rng, 3)
+    batch = {"state_indices": slots(5, 5, 2), "num_deferred": slots(4, 4, 1)}
+    before, kept, alone = copies(states), copies(deferred), copies(states)
+
+    got = ops.decode_step(
+        *rows, weights, states, out_state_indices=slots(0, -1, 3), deferred=deferred, **batch
+    )
+    # in place, one row at a time
+    flush = torch.tensor([True])
+    for row, slot, target in ((0, 5, 0), (2, 2, 3)):
+        want = ops.decode_step(
+            *(x[row : row + 1] for x in rows), weights, alone, state_indices=slots(slot),
+            deferred=copies(kept), num_deferred=slots(4 if slot == 5 else 1), flush=flush,
+        )  # fmt: skip
+        assert_close(got[row : row + 1], want)
+        assert_close(states.state[target], alone.state[slot])
+        assert_close(states.conv_state[target], alone.conv_state[slot])
+    for slot in (5, 2):
+        assert_close(states.state[slot], before.state[slot])
+    for after, was in zip(tensors(deferred), tensors(kept), strict=True):
+        torch.testing.assert_close(after, was, rtol=0, atol=0, equal_nan=True)
+
+
+def test_without_a_count_nothing_was_deferred():
+    rng, ops = generator(), cpu(SPEC)
+    states, weights = pool(SPEC, rng, 3, live=[1]), params(SPEC, rng)
+    plain, before = copies(states), copies(states)
+    deferred = deferred_updates(SPEC, rng, 3, 2, counts={})
+    rows = mixed_qkv(SPEC, rng, 1), *ab(SPEC, rng, 1)
+
+    got = ops.decode_step(*rows, weights, states, state_indices=slots(1), deferred=deferred)
+
+    assert_close(got, ops.decode_step(*rows, weights, plain, state_indices=slots(1)))
+    assert_close(states.state[1], before.state[1])
+    assert not any(x[1, 0].isnan().any() for x in tensors(deferred))
+    assert all(x[[0, 2]].isnan().all() and x[1, 1].isnan().all() for x in tensors(deferred))
 
 
 @pytest.mark.parametrize("argument", range(6))

@@ -54,6 +54,33 @@ def test_the_slot_that_means_padding_is_the_callers(
     assert not _same(call["conv_state"][2], before[2])
 
 
+def test_a_packed_decode_keeps_in_the_ring_what_it_does_not_write() -> None:
+    kernel, L = GdnKernel(bind), 3
+    plain, ringed = packed_decode(), packed_decode()
+    slots = ringed["ssm_states"].shape[0]
+    H = (D - HV * V) // (2 * K)
+    ring = {"d": nan(slots, HV, L, V), "k": nan(slots, H, L, K), "g": nan(slots, HV, L)}
+    ringed |= {f"replayssm_{name}": part.float() for name, part in ring.items()}
+    for step in range(2 * L):
+        position = torch.tensor([step % L, step % L], dtype=torch.int32)
+        flush = torch.tensor([step == 3, False], dtype=torch.int32)
+        if step > 3:
+            position[0] = (step - 4) % L
+        before = ringed["ssm_states"].clone()
+
+        want = kernel.packed_decode(**plain)
+        got = kernel.packed_decode(
+            **ringed, replayssm_write_pos=position, replayssm_force_flush=flush
+        )
+
+        torch.testing.assert_close(got, want)
+        writes = (position == L - 1) | flush.bool()
+        for slot, written in zip(plain["cache_indices"].tolist(), writes.tolist(), strict=True):
+            expected = plain if written else {"ssm_states": before}
+            torch.testing.assert_close(ringed["ssm_states"][slot], expected["ssm_states"][slot])
+    assert ringed["replayssm_d"][:, :, L - 1].isnan().all()
+
+
 @pytest.mark.parametrize("activation", [True, "swish", "silu", None, False])
 def test_tokens_at_once_are_tokens_in_turn(activation: bool | str | None) -> None:
     once, turn = ({**conv_update(), "activation": activation} for _ in range(2))

@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from ci.amdgcn import Simulator, bind_simulated, driver, simulated  # noqa: E402
 from gdn_portable import (  # noqa: E402
+    DeferredUpdates,
     DraftProtocol,
     GdnOps,
     GdnParams,
@@ -31,7 +32,7 @@ from gdn_portable import (  # noqa: E402
 from gdn_portable.metadata import Drafts  # noqa: E402
 from gdn_portable.warmup import warmup  # noqa: E402
 
-P = 3
+P, R = 3, 2
 SPEC = GdnSpec(
     num_k_heads=1,
     num_v_heads=2,
@@ -131,6 +132,20 @@ def _decode(ops: GdnOps, size: int, pool: StatePool) -> None:
     ops.decode_step(*_layer(size), PARAMS, pool, **slots, gate=_gate(size))
 
 
+def _decode_that_defers(ops: GdnOps, size: int, pool: StatePool, **changes: Tensor | None) -> None:
+    flags = torch.zeros(size + 1, dtype=torch.bool)[1:]
+    updates = {"num_deferred": _index(size), "flush": flags, **changes}
+    kept = DeferredUpdates.allocate(SPEC, SLOTS, R, "cpu")
+    slots = {"state_indices": _index(size), "deferred": kept}
+    ops.decode_step(*_layer(size), PARAMS, pool, **slots, **updates, gate=_gate(size))
+
+
+def _decodes_that_defer(ops: GdnOps, size: int, pool: StatePool) -> None:
+    _decode_that_defers(ops, size, pool)
+    _decode_that_defers(ops, size, pool, flush=None)
+    _decode_that_defers(ops, size, pool, flush=None, out_state_indices=_index(size))
+
+
 def _verify(
     ops: GdnOps,
     size: int,
@@ -194,6 +209,7 @@ def _first_slot_table(ops: GdnOps, size: int, pool: StatePool) -> None:
 
 
 REPLAY = {"prepare", "_replay", "_gated_rms_norm", "_commit_replay"}
+DEFERRED = {"_conv1d_update", "_find_factors", "_decode_deferred", "_gated_rms_norm"}
 VERIFY = {"_conv1d_verify", "_gated_rms_norm"}
 
 
@@ -202,6 +218,7 @@ VERIFY = {"_conv1d_verify", "_gated_rms_norm"}
     [
         (_prefill, {"_front_end", "attend", "invert", "_scan", "_gated_rms_norm"}),
         (_decode, {"_conv1d_update", "_decode"}),
+        (_decode_that_defers, DEFERRED),
         (_replay, REPLAY),
         (_replay_of_a_tree, REPLAY | {"_fill_parents"}),
         (_snapshots, VERIFY | {"_recurrent", "_commit_snapshots"}),
@@ -267,6 +284,7 @@ def test_a_prefill_is_compiled_twice_with_sequences_cut_and_whole(ops: GdnOps) -
         (_prefill, ()),
         (_prefill_of_a_prefix_cache, ()),
         (_decode, ()),
+        (_decodes_that_defer, ()),
         (_replay, [DraftProtocol.REPLAY]),
         (_first_replay, [DraftProtocol.REPLAY]),
         (_replay_of_a_tree, [DraftProtocol.REPLAY]),
@@ -295,6 +313,7 @@ def test_nothing_is_compiled_after_warmup(
         launchers,
         prefill_tokens=(300,),
         max_drafts=P,
+        max_deferred=R,
         protocols=protocols,
         index_dtypes=[torch.int32],
     )

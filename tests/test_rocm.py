@@ -17,6 +17,7 @@ from gdn_backend_rocm import AITER_KERNELS, aiter_conv1d, aiter_decode, aiter_pr
 from gdn_portable import (
     Choice,
     ConvLayout,
+    DeferredUpdates,
     Device,
     GdnOps,
     GdnSpec,
@@ -428,6 +429,21 @@ def test_flydsl_decode_refuses_what_it_would_get_wrong(
 
     with pytest.raises(UnsupportedCallError, match=reason):
         ops.recurrent_decode(**_call("recurrent_decode", SMALL, **changes))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "spec", "device"),
+    [("flydsl_gdr_decode", SMALL, MI300X), ("gdr_decode_packed_bf16", LAYER, MI355X)],
+)
+@pytest.mark.usefixtures("aiter")
+def test_a_decode_that_writes_every_state_is_not_told_to_defer(
+    kernel: str, spec: GdnSpec, device: Device
+) -> None:
+    ops = _bound(spec, device, recurrent_decode=f"aiter.{kernel}")
+    deferred = DeferredUpdates.allocate(spec, 8, 2, "cpu")
+
+    with pytest.raises(UnsupportedCallError, match="deferred is given: the kernel writes every"):
+        ops.recurrent_decode(**_call("recurrent_decode", spec), deferred=deferred)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -101,6 +101,18 @@ def test_warmup_without_drafts_skips_verify() -> None:
     assert not [batch for batch in said if batch.startswith("verify")]
 
 
+def test_warmup_of_what_defers_runs_its_decodes() -> None:
+    said: list[str] = []
+    options = {"prefill_tokens": (), "max_drafts": 0, "index_dtypes": (torch.int32,)}
+
+    bind(SPEC, "cpu").warmup(batch_sizes=(2,), max_deferred=3, progress=said.append, **options)
+
+    assert said == [
+        "decode of 2 sequences, int32 indices",
+        "decode of 2 sequences that defers, int32 indices",
+    ]
+
+
 @pytest.mark.parametrize("protocol", DraftProtocol)
 def test_warmup_of_one_protocol_and_index_dtype_runs_no_other(
     monkeypatch: pytest.MonkeyPatch, protocol: DraftProtocol

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import torch
-from gdn_backend_triton.launch import refuse_gradients
+from gdn_backend_triton.launch import refuse_deferred, refuse_gradients
 from torch import Tensor
 
 from gdn_backend_cuda.flashinfer_probe import DECODE, load
 from gdn_backend_cuda.slots import Around, Placed, aligned, kernel_output
 from gdn_portable.errors import InputError
 from gdn_portable.interface import RecurrentDecode
+from gdn_portable.metadata import DeferredUpdates
 from gdn_portable.spec import Device, GdnSpec
 
 
@@ -33,9 +34,13 @@ def make_recurrent_decode(spec: GdnSpec, device: Device, *, deterministic: bool)
         *,
         state_indices: Tensor,
         out_state_indices: Tensor | None = None,
+        deferred: DeferredUpdates | None = None,
+        num_deferred: Tensor | None = None,
+        flush: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         refuse_gradients(q)
+        refuse_deferred(deferred)
         o = kernel_output(out, v, torch.bfloat16)
         result = o if out is None else out
         if not len(v):

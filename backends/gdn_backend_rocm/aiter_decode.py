@@ -8,12 +8,13 @@ activations' dtype: a float32 ``dt_bias`` is refused, as rounding it would move 
 from __future__ import annotations
 
 import torch
-from gdn_backend_triton.launch import empty_like, refuse_gradients
+from gdn_backend_triton.launch import empty_like, refuse_deferred, refuse_gradients
 from torch import Tensor
 
 from gdn_backend_rocm.aiter_source import Function
 from gdn_portable.errors import UnsupportedCallError
 from gdn_portable.interface import RecurrentDecode
+from gdn_portable.metadata import DeferredUpdates
 from gdn_portable.spec import Device, GdnSpec
 
 FLYDSL_GDR_DECODE = Function(
@@ -91,9 +92,13 @@ def make_flydsl_gdr_decode(
         *,
         state_indices: Tensor,
         out_state_indices: Tensor | None = None,
+        deferred: DeferredUpdates | None = None,
+        num_deferred: Tensor | None = None,
+        flush: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         refuse_gradients(q)
+        refuse_deferred(deferred)
         _check_dtypes(q, k=k, v=v, a=a, b=b, dt_bias=dt_bias)
         if state.stride(-1) != 1 or state.data_ptr() % VECTOR_BYTES:
             raise UnsupportedCallError(
@@ -144,9 +149,13 @@ def make_gdr_decode_packed_bf16(
         *,
         state_indices: Tensor,
         out_state_indices: Tensor | None = None,
+        deferred: DeferredUpdates | None = None,
+        num_deferred: Tensor | None = None,
+        flush: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         refuse_gradients(q)
+        refuse_deferred(deferred)
         _check_dtypes(q, k=k, v=v, a=a, b=b, dt_bias=dt_bias)
         if out_state_indices is not None:
             raise UnsupportedCallError("out_state_indices is given: the kernel works in place")

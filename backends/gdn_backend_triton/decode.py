@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 import triton
@@ -14,6 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_backend_triton.conv1d import make_conv1d_update
+from gdn_backend_triton.decode_tiles import (
+    DEFERRED_TILES,
+    GATED_TILES,
+    STEP_TILES,
+    TILES,
+    Choice,
+    choices_of,
+    pick,
+)
+from gdn_backend_triton.deferred_decode import make_deferred
 from gdn_backend_triton.gated_rms_norm import make_gated_rms_norm, norm_and_gate
 from gdn_backend_triton.launch import (
     STEP_SIZES,
@@ -22,91 +30,13 @@ from gdn_backend_triton.launch import (
     refuse_gradients,
 )
 from gdn_backend_triton.launches import Launch
-from gdn_backend_triton.maths import gates, rounded
+from gdn_backend_triton.maths import add_pairs, add_triples, gates, rounded
 from gdn_backend_triton.overlap import begin
 from gdn_portable.interface import DecodeStep, RecurrentDecode
-from gdn_portable.metadata import GdnParams
-from gdn_portable.spec import Device, GdnSpec, StateLayout
+from gdn_portable.metadata import DeferredUpdates, GdnParams, check_deferred
+from gdn_portable.spec import Device, GdnSpec
 from gdn_portable.state import StatePool
 from gdn_portable.steps import apply_gate, both_pools, check_gate
-
-
-class Tile(NamedTuple):
-    """How the rows of V of one head's state are dealt out, where K is 128; all of K stays whole.
-
-    Of a wider head fewer rows are taken, of a narrower one more. Of a panel every lane needs 16
-    bytes at least: warps that hold the same rows twice could load them after they are stored.
-    """
-
-    rows: int  # of a program
-    panel: int  # rows that a program holds at a time
-    lanes: int  # that share a row, each with 16 bytes of it at a time; not used by the layout KV
-    warps: int
-
-
-class Choice(NamedTuple):
-    """A tile as it fits a layer."""
-
-    BV: int
-    BP: int
-    BK: int
-    num_warps: int
-
-
-# by arch and bytes of a state's element: up to how many heads of a batch (B * HV), which tile
-Table = Mapping[tuple[str, int], Sequence[tuple[int, Tile]]]
-ANY = sys.maxsize
-DEFAULT_ARCH = {"cuda": "sm90", "rocm": "gfx942"}
-TILES: Table = {
-    # H200, H16/HV32, K = V = 128, recurrence alone, B = 8 / 32 / 128 / 512: 10.0 / 36.0 / 136 / 538
-    # us with a float32 state, 6.1 / 19.7 / 72.4 / 275 with bfloat16; with 8 lanes 10.2 / 36.4 / 138
-    # / 545 and 6.2 / 20.1 / 72.9 / 279
-    ("sm90", 4): ((128, Tile(16, 16, 4, 1)), (ANY, Tile(16, 16, 16, 1))),
-    ("sm90", 2): (
-        (64, Tile(8, 8, 4, 1)),
-        (2048, Tile(16, 16, 16, 1)),
-        (ANY, Tile(32, 16, 16, 2)),
-    ),
-    ("gfx942", 4): ((256, Tile(8, 8, 8, 1)), (ANY, Tile(16, 16, 8, 1))),
-    ("gfx942", 2): ((256, Tile(16, 16, 8, 1)), (ANY, Tile(32, 32, 8, 1))),
-}
-# behind a convolution, whose loads may queue behind those of the first panels. H200, the same
-# layer, B = 8 / 32 / 128 / 512, us a step: 11.5 / 38.0 / 140 / 552 with a float32 state, with the
-# tiles above 12.4 / 39.4 / 145 / 565; with bfloat16 8.0 / 22.7 / 77.7 / 298, with panels of 16 rows
-# 8.0 / 23.2 / 78.8 / 302, and of 16 rows in 8 lanes 7.7 / 23.0 / 77.9 / 300
-STEP_TILES: Table = {
-    **TILES,
-    ("sm90", 4): ((64, Tile(16, 16, 4, 1)), (ANY, Tile(16, 8, 16, 1))),
-    ("sm90", 2): ((64, Tile(8, 8, 4, 1)), (256, Tile(16, 16, 8, 1)), (ANY, Tile(16, 8, 16, 1))),
-}
-# where a gate is given: a program that owns a whole head normalises it, else a launch more does,
-# which wins on Hopper where there are enough heads
-GATED_TILES: Table = {
-    ("sm90", 4): (
-        (64, Tile(128, 128, 8, 16)),
-        (512, Tile(128, 64, 8, 8)),
-        (ANY, Tile(16, 8, 16, 1)),
-    ),
-    ("sm90", 2): (
-        (64, Tile(128, 128, 8, 8)),
-        (1024, Tile(128, 64, 8, 8)),
-        (ANY, Tile(16, 8, 16, 1)),
-    ),
-    ("gfx942", 4): ((256, Tile(128, 128, 8, 8)), (ANY, Tile(128, 64, 8, 4))),
-    ("gfx942", 2): ((256, Tile(128, 128, 8, 8)), (ANY, Tile(128, 64, 8, 4))),
-}
-LEAST_RUN = 64  # bytes of a row of the layout KV that a panel takes at least
-MOST_WARPS = 16
-
-
-@triton.jit
-def _add_pairs(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
-def _add_triples(a, b, c, d, e, f):
-    return a + d, b + e, c + f
 
 
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
@@ -175,7 +105,7 @@ def _decode(
         query, key, value = tl.load(q), tl.load(k), tl.load(v)
 
     query, key = query.to(tl.float32), key.to(tl.float32)
-    qq, kk, qk = tl.reduce((query * query, key * key, query * key), None, _add_triples)
+    qq, kk, qk = tl.reduce((query * query, key * key, query * key), None, add_triples)
     q_scale, k_scale = SCALE, 1.0
     if L2NORM:
         q_scale, k_scale = tl.rsqrt(qq + 1e-6) * SCALE, tl.rsqrt(kk + 1e-6)
@@ -189,7 +119,7 @@ def _decode(
             next_value = tl.load(v + (panel + 1) * BP * v_v)
         S = tl.reshape(S.to(tl.float32), [SPLIT, BP, BK])
         # S k and S q of the old state in one pass; the update adds u (k q) to the output
-        seen, read = tl.reduce(tl.reduce((S * key, S * query), 0, _add_pairs), 1, _add_pairs)
+        seen, read = tl.reduce(tl.reduce((S * key, S * query), 0, add_pairs), 1, add_pairs)
         u = beta * (value.to(tl.float32) - decay * k_scale * seen) * k_scale
         read = q_scale * (decay * read + u * qk)
         y = tl.where(tl.arange(0, PANELS)[None, :] == panel, read[:, None], y)
@@ -202,36 +132,6 @@ def _decode(
     if gate is not None:
         y = norm_and_gate(y, gates_t, weights, eps, V, SILU)
     tl.store(out, y.to(out.dtype.element_ty))
-
-
-def _fit(tile: Tile, spec: GdnSpec) -> Choice:
-    """Return a tile for a layer's heads."""
-    K, V, itemsize = spec.head_k_dim, spec.head_v_dim, spec.state_dtype.itemsize
-    rows, panel = (max(1, number * 128 // K) for number in (tile.rows, tile.panel))
-    BK = min(K, tile.lanes * 16 // itemsize)
-    if spec.state_layout is StateLayout.KV:
-        panel, BK = max(panel, LEAST_RUN // itemsize), K
-    BP = min(panel, V)
-    warps = tile.warps * BP * K // (tile.panel * 128)
-    return Choice(min(max(rows, BP), V), BP, BK, min(max(warps, 1), MOST_WARPS))
-
-
-def _choices(
-    table: Table, spec: GdnSpec, device: Device, *, deterministic: bool
-) -> list[tuple[int, Choice]]:
-    """Return up to how many heads of a batch which tile is used."""
-    itemsize = spec.state_dtype.itemsize
-    entries = table.get((device.arch, itemsize), table[DEFAULT_ARCH[device.kind], itemsize])
-    fitted = [(heads, _fit(tile, spec)) for heads, tile in entries]
-    return fitted[-1:] if deterministic else fitted
-
-
-def _pick(choices: list[tuple[int, Choice]], heads: int) -> Choice:
-    # sooner than a generator expression
-    for most, choice in choices:
-        if heads <= most:
-            return choice
-    return choices[-1][1]
 
 
 def _make_launch(
@@ -289,8 +189,10 @@ def _make_launch(
 def make_recurrent_decode(spec: GdnSpec, device: Device, *, deterministic: bool) -> RecurrentDecode:
     """Return the op. A row's result depends on the tile and not on the batch around it."""
     HV = spec.num_v_heads
-    choices = _choices(TILES, spec, device, deterministic=deterministic)
+    choices = choices_of(TILES, spec, device, deterministic=deterministic)
+    deferring = choices_of(DEFERRED_TILES, spec, device, deterministic=deterministic)
     launch = _make_launch(spec, device, starts=None)
+    launch_deferred = make_deferred(spec, device, starts=None)
 
     def recurrent_decode(
         q: Tensor,
@@ -304,16 +206,27 @@ def make_recurrent_decode(spec: GdnSpec, device: Device, *, deterministic: bool)
         *,
         state_indices: Tensor,
         out_state_indices: Tensor | None = None,
+        deferred: DeferredUpdates | None = None,
+        num_deferred: Tensor | None = None,
+        flush: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         refuse_gradients(q)
+        check_deferred(deferred, num_deferred, flush)
         if out is None:
             out = empty_like(v)
         heads = v.shape[0] * HV
-        if heads:
+        inputs = q, k, v, a, b, A_log, dt_bias, state
+        qkv_strides = (*q.stride(), *k.stride(), *v.stride())
+        if heads and deferred is not None:
+            launch_deferred(
+                *inputs, deferred, state_indices, out_state_indices, num_deferred, flush, out,
+                qkv_strides, pick(deferring, heads),
+            )  # fmt: skip
+        elif heads:
             launch(
-                q, k, v, a, b, A_log, dt_bias, state, state_indices, out_state_indices, None,
-                None, 0.0, out, (*q.stride(), *k.stride(), *v.stride()), _pick(choices, heads),
+                *inputs, state_indices, out_state_indices, None, None, 0.0, out, qkv_strides,
+                pick(choices, heads),
             )  # fmt: skip
         return out
 
@@ -328,11 +241,14 @@ def make_decode_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> D
     """
     HV, K, V, D = spec.num_v_heads, spec.head_k_dim, spec.head_v_dim, spec.conv_dim
     key_dim, _, value_dim = spec.conv_groups
-    plain = _choices(STEP_TILES, spec, device, deterministic=deterministic)
-    gated = _choices(GATED_TILES, spec, device, deterministic=deterministic)
+    plain = choices_of(STEP_TILES, spec, device, deterministic=deterministic)
+    gated = choices_of(GATED_TILES, spec, device, deterministic=deterministic)
+    deferring = choices_of(DEFERRED_TILES, spec, device, deterministic=deterministic)
     conv1d_update = make_conv1d_update(spec, device, deterministic=deterministic)
     gated_rms_norm = make_gated_rms_norm(spec, device, deterministic=deterministic)
-    launch = _make_launch(spec, device, starts=(key_dim, D - value_dim))
+    starts = key_dim, D - value_dim
+    launch = _make_launch(spec, device, starts=starts)
+    launch_deferred = make_deferred(spec, device, starts=starts)
     qkv_strides = (D, K, 1, D, K, 1, D, V, 1)
 
     def decode_step(
@@ -344,29 +260,40 @@ def make_decode_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> D
         *,
         state_indices: Tensor,
         out_state_indices: Tensor | None = None,
+        deferred: DeferredUpdates | None = None,
+        num_deferred: Tensor | None = None,
+        flush: Tensor | None = None,
         gate: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         refuse_gradients(mixed_qkv)
         conv_state, state = both_pools(pool)
         check_gate(gate, params)
+        check_deferred(deferred, num_deferred, flush)
         B, dtype = mixed_qkv.shape[0], mixed_qkv.dtype
         if out is None:
             out = torch.empty(B, HV, V, dtype=dtype, device=mixed_qkv.device)
         if not B:
             return out
-        # the gate that the recurrence applies, and the one that is left to a third launch
-        choice, fused, left = _pick(plain, B * HV), None, gate
-        if gate is not None and (whole := _pick(gated, B * HV)).BV == V:
-            choice, fused, left = whole, gate, None
         mixed = empty_like(mixed_qkv)
         conv1d_update(
             mixed_qkv, params.conv_weight, params.conv_bias, conv_state,
             state_indices=state_indices, out_state_indices=out_state_indices, out=mixed,
         )  # fmt: skip
+        inputs = mixed, mixed, mixed, a, b, params.A_log, params.dt_bias, state
+        if deferred is not None:
+            launch_deferred(
+                *inputs, deferred, state_indices, out_state_indices, num_deferred, flush, out,
+                qkv_strides, pick(deferring, B * HV),
+            )  # fmt: skip
+            return apply_gate(out, gate, params, gated_rms_norm, out=out)
+        # the gate that the recurrence applies, and the one that is left to a third launch
+        choice, fused, left = pick(plain, B * HV), None, gate
+        if gate is not None and (whole := pick(gated, B * HV)).BV == V:
+            choice, fused, left = whole, gate, None
         launch(
-            mixed, mixed, mixed, a, b, params.A_log, params.dt_bias, state, state_indices,
-            out_state_indices, fused, params.norm_weight, params.norm_eps, out, qkv_strides, choice,
+            *inputs, state_indices, out_state_indices, fused, params.norm_weight, params.norm_eps,
+            out, qkv_strides, choice,
         )  # fmt: skip
         return apply_gate(out, left, params, gated_rms_norm, out=out)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gdn_portable.backend import Launcher, MakeLauncher
-from gdn_portable.errors import InputError
-from gdn_portable.metadata import PrefillMetadata
+from gdn_portable.errors import InputError, UnsupportedCallError
+from gdn_portable.metadata import DeferredUpdates, PrefillMetadata
 from gdn_portable.spec import Device, GdnSpec
 
 # what changes from step to step, by the kernels' names for it: Triton would compile again, in the
@@ -25,7 +25,7 @@ STEP_SIZES = (
 STEP_TENSORS = (
     "cu_seqlens", "state_indices", "out_state_indices", "has_initial_state", "checkpoint_offsets",
     "checkpoint_indices", "num_accepted", "rows", "parents", "next_token", "next_sibling",
-    "last_accepted", "a", "b", "read", "write",
+    "last_accepted", "num_deferred", "flush", "a", "b", "read", "write",
 )  # fmt: skip
 
 
@@ -61,6 +61,16 @@ def refuse_gradients(x: Tensor) -> None:
             "an input requires a gradient and the kernels have none: needs torch.no_grad(), or "
             'bind(..., backend="reference") to train'
         )
+
+
+def refuse_deferred(deferred: DeferredUpdates | None) -> None:
+    """Raise where a decode that writes every state is told not to.
+
+    Raises:
+        UnsupportedCallError: ``deferred`` is given.
+    """
+    if deferred is not None:
+        raise UnsupportedCallError("deferred is given: the kernel writes every state")
 
 
 def lazily(path: str) -> MakeLauncher:

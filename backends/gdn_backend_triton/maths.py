@@ -105,3 +105,15 @@ def halves(x, dtype: tl.constexpr):
     """Return x rounded to ``dtype``, and what that took from it, rounded as well."""
     high = rounded(x, dtype)
     return high, rounded(x - widened(high), dtype)
+
+
+@triton.jit
+def add_pairs(a, b, c, d):
+    """Add two numbers at once, for a reduction."""
+    return a + c, b + d
+
+
+@triton.jit
+def add_triples(a, b, c, d, e, f):
+    """Add three numbers at once, for a reduction."""
+    return a + d, b + e, c + f

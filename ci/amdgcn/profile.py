@@ -30,7 +30,7 @@ from ci.amdgcn.errors import UnsupportedLaunchError
 from ci.amdgcn.memory import Traffic
 from gdn_portable import DraftProtocol, Op
 from gdn_portable.bench import peers
-from gdn_portable.bench.cases import DRAFTS, LAYER, Case
+from gdn_portable.bench.cases import DEFERRED, DRAFTS, LAYER, Case
 from gdn_portable.bench.floors import work_of
 from gdn_portable.bench.inputs import Batch, Slots
 from gdn_portable.bench.ours import Call, prepare
@@ -40,6 +40,7 @@ BF16_STATE = replace(LAYER, state_dtype=torch.bfloat16)
 CASES = (
     Case(op="decode_step", spec=LAYER, lengths=(1,) * 64),
     Case(op="decode_step", spec=BF16_STATE, lengths=(1,) * 64),
+    Case(op="decode_step", spec=LAYER, lengths=(1,) * 64, deferred=DEFERRED),
     Case(
         op="verify_step",
         spec=LAYER,

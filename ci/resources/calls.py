@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gdn_portable import (
     ConvLayout,
+    DeferredUpdates,
     Device,
     DraftProtocol,
     GdnOps,
@@ -28,7 +29,7 @@ from gdn_portable import (
 )
 from gdn_portable.testing import cases
 
-P, MOST_P = 4, 16
+P, MOST_P, R = 4, 16, 7
 BATCHES = (1, 8, 64, 512)  # a tile each, where tiles depend on the batch
 VERIFY_BATCHES = (8, 64)
 PACKED = ((2048,), (1024,) * 8)  # on this layer sequences of the first are cut, of the second not
@@ -127,6 +128,7 @@ class _Steps:
         """Yield calls and their names; every kernel is in one of them."""
         for batch in BATCHES:
             yield f"decode_step B{batch}", partial(self.decode, batch)
+        yield f"decode_step B64 deferred R{R}", partial(self.decode, 64, deferred=R)
         for lengths in PACKED:
             name = f"prefill_step {len(lengths)}x{lengths[0]}"
             yield name, partial(self.prefill, lengths)
@@ -141,9 +143,16 @@ class _Steps:
         yield name, partial(self.verify, 8, DraftProtocol.REPLAY, tree=False, P=MOST_P)
         yield "ops alone", self.alone
 
-    def decode(self, batch: int) -> None:
+    def decode(self, batch: int, *, deferred: int = 0) -> None:
+        updates = None
+        if deferred:
+            updates = DeferredUpdates.allocate(self.spec, SLOTS, deferred, "cpu")
         self.ops.decode_step(
-            *self._projected(batch), state_indices=_indices(batch), gate=self._gate(batch)
+            *self._projected(batch),
+            state_indices=_indices(batch),
+            deferred=updates,
+            num_deferred=_indices(batch) if deferred else None,
+            gate=self._gate(batch),
         )
 
     def prefill(self, lengths: tuple[int, ...]) -> None:

@@ -45,6 +45,7 @@ PACKED_FEW_HEADS = ((8192,), (32768,), (1024,) * 8)
 PACKED_UNEVENLY = (24576, 8192)
 
 DRAFTS = 4  # of a sequence, root included
+DEFERRED, MORE_DEFERRED = 7, 15  # updates that a decode has room for
 
 LAYER = GdnSpec(
     num_k_heads=16,
@@ -81,6 +82,7 @@ class Case:
         lengths: tokens of every sequence.
         gates: what the decay is drawn from.
         protocol: of a verify.
+        deferred: updates that a decode has room to defer, R; 0 where it writes every state.
     """
 
     op: str
@@ -88,6 +90,7 @@ class Case:
     lengths: tuple[int, ...]
     gates: Gates = Gates.REAL
     protocol: DraftProtocol | None = None
+    deferred: int = 0
 
     @property
     def num_sequences(self) -> int:
@@ -108,6 +111,12 @@ class Case:
     def num_accepted(self) -> int:
         """How many of them the step before accepted, root included: all but one."""
         return max(1, self.drafts - 1)
+
+    @property
+    def num_deferred(self) -> tuple[int, ...]:
+        """How many updates of each sequence are deferred: as if they had started one by one."""
+        R = self.deferred
+        return tuple((n + R // 2) % (R + 1) for n in range(self.num_sequences))
 
     @property
     def layer(self) -> str:
@@ -133,6 +142,7 @@ class Case:
         """Name all but the op and the sequences; cases that share it lie on one curve."""
         parts = [self.layer, SHORT.get(self.spec.state_dtype, str(self.spec.state_dtype))]
         parts += [self.protocol.value] if self.protocol else []
+        parts += [f"deferred{self.deferred}"] if self.deferred else []
         parts += [self.gates.value]
         parts += ["norms"] if self.op == "chunk_prefill" and self.spec.qk_l2norm else []
         return "/".join(parts)
@@ -146,8 +156,10 @@ class Case:
 
 def default_cases() -> tuple[Case, ...]:
     """Return what is timed when nothing is asked for."""
-    cases = [*_decodes("decode_step", LAYER), *_decodes("decode_step", _bf16_state(LAYER))]
-    for spec in (LAYER, _bf16_state(LAYER)):
+    both = (LAYER, _bf16_state(LAYER))
+    cases = [case for spec in both for case in _decodes("decode_step", spec)]
+    cases += [case for spec in both for case in _decodes("decode_step", spec, DEFERRED)]
+    for spec in both:
         cases += _verifies("verify_step", spec, DraftProtocol.REPLAY)
     cases += _verifies("verify_step", LAYER, DraftProtocol.SNAPSHOT)
     cases += _verifies("verify_step", LAYER, DraftProtocol.SLOT_TABLE)
@@ -167,6 +179,8 @@ def cases_of(spec: GdnSpec) -> Iterator[Case]:
     """Yield every op of a layer at the usual sizes."""
     for op in DECODE_OPS:
         yield from _decodes(op, spec)
+    for deferred in (DEFERRED, MORE_DEFERRED):
+        yield from _decodes("decode_step", spec, deferred)
     for op in VERIFY_OPS:
         for protocol in DraftProtocol:
             yield from _verifies(op, spec, protocol, MORE_VERIFY_BATCHES)
@@ -219,8 +233,8 @@ def _bf16_state(spec: GdnSpec) -> GdnSpec:
     return replace(spec, state_dtype=torch.bfloat16)
 
 
-def _decodes(op: str, spec: GdnSpec) -> list[Case]:
-    return [Case(op=op, spec=spec, lengths=(1,) * batch) for batch in BATCHES]
+def _decodes(op: str, spec: GdnSpec, deferred: int = 0) -> list[Case]:
+    return [Case(op=op, spec=spec, lengths=(1,) * batch, deferred=deferred) for batch in BATCHES]
 
 
 def _verifies(

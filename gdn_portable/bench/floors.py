@@ -9,7 +9,7 @@ from gdn_portable.bench.cases import FRONT_END, VERIFY_OPS, Case
 from gdn_portable.metadata import DraftProtocol
 
 CHUNK = 64  # tokens the products of a chunked prefill are counted for
-GATE_BYTES = 4  # g and beta are float32
+GATE_BYTES = 4  # g, beta and updates that are deferred are float32
 
 
 class Work(NamedTuple):
@@ -63,6 +63,11 @@ def _states(case: Case) -> int:
     """Count the recurrent states read and written, with the drafts a verify keeps."""
     spec, N, T = case.spec, case.num_sequences, case.num_tokens
     state = spec.num_v_heads * spec.head_v_dim * spec.head_k_dim * spec.state_dtype.itemsize
+    if case.deferred:
+        update = spec.num_k_heads * spec.head_k_dim * spec.dtype.itemsize
+        update += spec.num_v_heads * (spec.head_v_dim + 1) * GATE_BYTES
+        written = case.num_deferred.count(case.deferred)
+        return (N + written) * state + (sum(case.num_deferred) + N - written) * update
     if case.protocol is None:
         return 2 * N * state
     if case.protocol is DraftProtocol.REPLAY:

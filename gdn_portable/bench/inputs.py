@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from gdn_portable.bench.cases import FRONT_END, VERIFY_OPS, Case, Gates
 from gdn_portable.metadata import (
+    DeferredUpdates,
     DraftProtocol,
     Drafts,
     GdnParams,
@@ -46,6 +47,7 @@ class Slots:
         self.cu_seqlens_int32 = self.cu_seqlens.to(torch.int32)
         self.num_accepted = torch.full((N,), self.accepted, dtype=torch.int32, device=device)
         self.last_accepted = self.num_accepted - 1
+        self.num_deferred = torch.tensor(case.num_deferred, dtype=torch.int32, device=device)
         self.rows = torch.arange(N, dtype=torch.int32, device=device)
         self.has_initial_state = torch.ones(N, dtype=torch.bool, device=device)
 
@@ -79,6 +81,11 @@ class Batch:
         self.params = draw_params(spec, case.gates, device, generator)
         self.pool = _pool(case, slots.num_slots, device)
         self._drafts: Drafts | None = None
+        self.deferred: DeferredUpdates | None = None
+        self.shared: dict[str, Tensor] = {}  # what parts of a peer hand to each other
+        if case.deferred:
+            rows = slots.num_slots
+            self.deferred = DeferredUpdates.allocate(spec, rows, case.deferred, device)
         if case.op == "gated_rms_norm":
             self.x = normal(T, spec.num_v_heads, spec.head_v_dim)
             self.gate = normal(T, spec.num_v_heads, spec.head_v_dim)
@@ -105,6 +112,10 @@ class Batch:
                 kept.normal_(generator=generator)
             self._drafts.g.uniform_(-1.0, 0.0, generator=generator)
             self._drafts.beta.uniform_(0.0, 1.0, generator=generator)
+        if self.deferred is not None:
+            self.deferred.k.normal_(generator=generator)
+            self.deferred.u.normal_(std=STATE_SCALE, generator=generator)
+            self.deferred.g.uniform_(-1.0, 0.0, generator=generator)
 
     @property
     def state(self) -> Tensor:

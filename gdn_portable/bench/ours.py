@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -139,14 +139,19 @@ def prepare(ops: GdnOps, batch: Batch) -> Call:
 def _decode(ops: GdnOps, batch: Batch) -> Call:
     x, params, slots = batch.mixed, batch.params, batch.slots.slots
     a, b = batch.a, batch.b
+    updates: dict[str, Any] = {}
+    if batch.deferred is not None:
+        updates = {"deferred": batch.deferred, "num_deferred": batch.slots.num_deferred}
     if batch.case.op == "decode_step":
-        return lambda: ops.decode_step(x, a, b, params, batch.pool, state_indices=slots)
+        return lambda: ops.decode_step(x, a, b, params, batch.pool, state_indices=slots, **updates)
     if batch.case.op == "conv1d_update":
         state = batch.conv_state
         return lambda: ops.conv1d_update(x, params.conv_weight, None, state, state_indices=slots)
     q, k, v = split_qkv(batch.spec, x)
     rates = (params.A_log, params.dt_bias)
-    return lambda: ops.recurrent_decode(q, k, v, a, b, *rates, batch.state, state_indices=slots)
+    return lambda: ops.recurrent_decode(
+        q, k, v, a, b, *rates, batch.state, state_indices=slots, **updates
+    )
 
 
 def _verify(ops: GdnOps, batch: Batch) -> Call:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from gdn_portable.backend import Launcher
-from gdn_portable.checks import batches
+from gdn_portable.checks import batches, deferred
 from gdn_portable.checks.tensors import INTEGERS, Rules
 from gdn_portable.errors import InputError
 from gdn_portable.interface import GdnOps
 from gdn_portable.metadata import (
+    DeferredUpdates,
     GdnParams,
     PrefillMetadata,
     ReplayDrafts,
@@ -35,6 +36,7 @@ KINDS = {op: get_type_hints(call) for op, call in _PROTOCOLS.items()}
 FIELDS = {
     kind: get_type_hints(kind)
     for kind in (
+        DeferredUpdates,
         GdnParams,
         PrefillMetadata,
         ReplayDrafts,
@@ -106,6 +108,7 @@ def _check(rules: Rules, op: Op, arguments: Mapping[str, Any]) -> None:
         batches.verify(rules, metadata, drafts, rows, slots, conv_state, state)
     elif "state_indices" in arguments:
         source = rules.slots("state_indices", arguments["state_indices"], rows, slots)
+        deferred.check(rules, arguments, source, slots)
         target = rules.targets(arguments.get("out_state_indices"), source, slots)
         rules.exclusive(rules.live(source), source, target)
 

@@ -42,19 +42,23 @@ def silu(x: Tensor) -> Tensor:
 
 def normalise(spec: GdnSpec, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Return q and k [..., HV, K]: normalised, q scaled, each head repeated for its value heads."""
-    q, k = q.to(spec.compute_dtype), k.to(spec.compute_dtype)
-    if spec.qk_l2norm:
-        q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    q, k = (x.to(spec.compute_dtype) / norm(spec, x) for x in (q, k))
     ratio = spec.num_v_heads // spec.num_k_heads
     q, k = (x.repeat_interleave(ratio, dim=-2) for x in (q * spec.q_scale, k))
     return q, k
 
 
-def update(S: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-    """Return the states [B, HV, V, K] after one token; products and sums do not depend on B."""
+def norm(spec: GdnSpec, x: Tensor) -> Tensor:
+    """Return what q or k [..., K] is divided by, [..., 1]: ones where the layer does not."""
+    squares = x.to(spec.compute_dtype).square().sum(-1, keepdim=True)
+    return (squares + 1e-6).sqrt() if spec.qk_l2norm else torch.ones_like(squares)
+
+
+def update(S: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the states [B, HV, V, K] after one token, and what it writes under its key."""
     S = g.exp()[..., None, None] * S
     u = beta[..., None] * (v - read_out(S, k))
-    return S + u[..., :, None] * k[..., None, :]
+    return S + u[..., :, None] * k[..., None, :], u
 
 
 def read_out(S: Tensor, x: Tensor) -> Tensor:

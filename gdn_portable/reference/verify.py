@@ -229,7 +229,7 @@ def _run_drafts(
     for t in range(most(batch.packed.lengths, batch.drafted.shape[1])):
         if t > 0 and batch.parents is not None:
             S = torch.stack(states, dim=1)[sequences, batch.parents[:, t].clamp(max=t - 1)]
-        S = update(S, k[:, t], v[:, t], g[:, t], beta[:, t])
+        S, _ = update(S, k[:, t], v[:, t], g[:, t], beta[:, t])
         states.append(S)
         outputs.append(read_out(S, q[:, t]))
     if not outputs:
@@ -322,7 +322,7 @@ def _replay_state(
     )
     _, k = normalise(spec, k, k)
     for t in range(_last(applied)):
-        updated = update(S, k[:, t], v[:, t], g[:, t], beta[:, t])
+        updated, _ = update(S, k[:, t], v[:, t], g[:, t], beta[:, t])
         S = torch.where(like(applied[:, t], S), updated, S)
     return S
 

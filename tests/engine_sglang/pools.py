@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from sglang.srt.layers.attention.linear import gdn_backend
 from sglang.srt.mem_cache.memory_pool import MambaPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.test.kits.attention_unittest.attention_methods.gdn_attention import GDN_ATOL, GDN_RTOL
 
 from gdn_portable import GdnSpec, InputError, StatePool, UnsupportedError
 from tests.cases import bits
@@ -56,14 +59,46 @@ def test_a_page_that_both_states_share_is_used_where_it_is(
         assert torch.equal(bits(pool.contiguous()), bits(expected))
 
 
-def test_a_ring_of_inputs_is_refused_before_a_layer_runs(steps: bool) -> None:
+def _give_ring(layer: Any, rows: int) -> None:
+    """Give the pool what --enable-linear-replayssm does."""
+    pool = layer.runner.req_to_token_pool.mamba_pool
+    cache, options = pool.mamba_cache, {"dtype": layer.mixed_qkv.dtype, "device": DEVICE}
+    HV, V, K = cache.temporal.shape[-3:]
+    pool.mamba_cache = MambaPool.State(
+        conv=cache.conv,
+        temporal=cache.temporal,
+        replayssm_d=torch.zeros(1, NUM_SLOTS, HV, rows, V, **options),
+        replayssm_k=torch.zeros(1, NUM_SLOTS, 2, rows, K, **options),
+        replayssm_g=torch.zeros(1, NUM_SLOTS, HV, rows, device=DEVICE),
+    )
+    pool.enable_linear_replayssm, pool.linear_replayssm_cache_len = True, rows
+    pool.replayssm_write_pos = torch.zeros(NUM_SLOTS, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_states_are_written_where_a_ring_is_full(rows: int, steps: bool) -> None:
+    plain, ringed = make_layer(*MODES["decode"]), make_layer(*MODES["decode"])
+    _give_ring(ringed, rows)
+
+    for step in range(2 * rows):
+        before = pools(ringed)[1].clone()
+        want, got = run_eagerly(plain), run_eagerly(ringed)
+
+        torch.testing.assert_close(got, want, atol=GDN_ATOL, rtol=GDN_RTOL)
+        assert torch.equal(bits(pools(ringed)[0]), bits(pools(plain)[0]))
+        written = pools(plain)[1] if step % rows == rows - 1 else before
+        torch.testing.assert_close(
+            pools(ringed)[1], written, atol=GDN_ATOL, rtol=GDN_RTOL, equal_nan=True
+        )
+
+
+def test_a_ring_of_drafts_is_refused_before_a_layer_runs(steps: bool) -> None:
     layer = make_layer(*MODES["decode"])
     pool = layer.runner.req_to_token_pool.mamba_pool
-    cache = pool.mamba_cache
-    ring = torch.zeros(1, NUM_SLOTS, 4, 16, 32)
-    pool.mamba_cache = MambaPool.State(conv=cache.conv, temporal=cache.temporal, replayssm_d=ring)
+    _give_ring(layer, 16)
+    pool.replayssm_cache_base = torch.zeros(NUM_SLOTS, dtype=torch.int32)
 
-    with pytest.raises(UnsupportedError, match="start without --enable-linear-replayssm"):
+    with pytest.raises(UnsupportedError, match="start without --enable-linear-replayssm-spec"):
         gdn_backend.GDNAttnBackend(layer.runner)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from gdn_portable.bench.cases import Case
 from gdn_portable.bench.inputs import Batch
 from gdn_portable.bench.ours import Call, Contender, with_norms
-from gdn_portable.bench.peers import fla, flash_qla, flashinfer, sglang
+from gdn_portable.bench.peers import fla, flash_qla, flashinfer, sglang, sglang_rings
 from gdn_portable.bench.peers.part import Part
 from gdn_portable.bench.timing import first_line
 from gdn_portable.metadata import DraftProtocol
@@ -23,6 +23,7 @@ from gdn_portable.steps import split_qkv
 LIBRARIES = ("flashinfer", "fla", "flash_qla", "sglang")
 
 DECODES = (*flashinfer.DECODES, *sglang.DECODES, *fla.DECODES)
+DEFERRING = sglang_rings.DEFERRING
 VERIFIES = (*flashinfer.VERIFIES, *sglang.VERIFIES)
 CHUNKS = (*flashinfer.CHUNKS, *flash_qla.CHUNKS, *fla.CHUNKS, *sglang.CHUNKS)
 CONV_UPDATES = (*sglang.CONV_UPDATES, *fla.CONV_UPDATES)
@@ -38,7 +39,10 @@ ALONE = {  # parts that are called with nothing
 }
 PARTS = (
     *DECODES,
+    *DEFERRING,
     *VERIFIES,
+    *sglang_rings.FOLDING,
+    *sglang_rings.FOLDS,
     *CONV_VERIFIES,
     *PREFILLS,
     *COMMITS,
@@ -81,18 +85,25 @@ def peers(case: Case) -> list[Contender]:
     """Return the peers of a case whose libraries can be imported."""
     tables = case.protocol is DraftProtocol.SLOT_TABLE
     verifies = [part for part in _usable(VERIFIES) if part.tables is tables]
+    decodes = _usable(DEFERRING if case.deferred else DECODES)
     match case.op:
         case "recurrent_decode":
-            return [_on_rows(part, case) for part in _usable(DECODES)]
+            return [_on_rows(part, case) for part in decodes]
         case "mtp_verify":
             return [_on_rows(part, case) for part in verifies]
         case "decode_step":
-            return _chains(_usable(CONV_UPDATES), _usable(DECODES), case)
+            return _chains(_usable(CONV_UPDATES), decodes, case)
         case "prefill_step":
             return _chains(_usable(CONV_PREFILLS), _usable(PREFILLS), case)
         case "verify_step":
             convs = [part for part in _usable(CONV_VERIFIES) if part.tables or not tables]
-            return _chains(convs, verifies, case, commits=not tables)
+            commits = [*_usable(COMMITS), TORCH_COMMIT]
+            found = _chains(convs, verifies, case, None if tables else commits)
+            if case.protocol is DraftProtocol.REPLAY:
+                found += _chains(
+                    convs, _usable(sglang_rings.FOLDING), case, _usable(sglang_rings.FOLDS)
+                )
+            return found
         case "front_end":
             return [_with_copies(part, case) for part in _usable(CONV_PREFILLS)]
         case op:
@@ -115,7 +126,7 @@ def _contender(part: Part, case: Case, make: Callable[[Batch], Call]) -> Contend
 
 
 def _compares(case: Case) -> bool:
-    """Say whether peers compute what our kernels do: none replays what the step before left."""
+    """Say whether peers compute what our kernels do: they replay drafts of this step, if any."""
     return case.protocol is not DraftProtocol.REPLAY
 
 
@@ -143,13 +154,16 @@ def _with_copies(part: Part, case: Case) -> Contender:
 
 
 def _chains(
-    convs: Sequence[Part], rules: Sequence[Part], case: Case, *, commits: bool = False
+    convs: Sequence[Part],
+    rules: Sequence[Part],
+    case: Case,
+    commits: Sequence[Part] | None = None,
 ) -> list[Contender]:
-    """Chain the first convolution there is with every rule, and a commit where one is needed."""
-    if not convs:
+    """Chain the first convolution there is with every rule, and the first commit if one is due."""
+    if not convs or commits == []:
         return []
-    conv, commit = convs[0], next(iter(_usable(COMMITS)), TORCH_COMMIT) if commits else None
-    return [_chain([conv, rule], commit, case) for rule in rules]
+    commit = None if commits is None else commits[0]
+    return [_chain([convs[0], rule], commit, case) for rule in rules]
 
 
 def _chain(parts: Sequence[Part], commit: Part | None, case: Case) -> Contender:

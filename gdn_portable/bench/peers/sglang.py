@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,11 +102,12 @@ def _packed_decode(batch: Batch) -> Callable[[Tensor], Tensor]:
     return decode
 
 
-def _fused_decode(batch: Batch) -> Callable[[Tensor], Tensor]:
+def fused_rule(batch: Batch, **kept: Any) -> Callable[[Tensor], Tensor]:
+    """Return norms, gating and recurrence in one, and with ``kept`` what becomes of the states."""
     call = importlib.import_module(FUSED).fused_sigmoid_gating_delta_rule_update
     spec, params = batch.spec, batch.params
 
-    def decode(mixed: Tensor) -> Tensor:
+    def rule(mixed: Tensor) -> Tensor:
         q, k, v = split_qkv(spec, mixed)
         o: Tensor = call(
             A_log=params.A_log,
@@ -122,41 +124,21 @@ def _fused_decode(batch: Batch) -> Callable[[Tensor], Tensor]:
             scale=spec.q_scale,
             use_qk_l2norm_in_kernel=spec.qk_l2norm,
             cu_seqlens=batch.slots.cu_seqlens_int32,
+            **kept,
         )
         return o.flatten(0, -3)
 
-    return decode
+    return rule
 
 
 def _verify(batch: Batch) -> Callable[[Tensor], Tensor]:
-    call = importlib.import_module(FUSED).fused_sigmoid_gating_delta_rule_update
-    spec, params = batch.spec, batch.params
-
-    def verify(mixed: Tensor) -> Tensor:
-        q, k, v = split_qkv(spec, mixed)
-        o: Tensor = call(
-            A_log=params.A_log,
-            a=batch.a,
-            dt_bias=params.dt_bias,
-            softplus_beta=1.0,
-            softplus_threshold=20.0,
-            q=q[None],
-            k=k[None],
-            v=v[None],
-            b=batch.b,
-            initial_state_source=batch.state,
-            initial_state_indices=batch.slots.slots,
-            scale=spec.q_scale,
-            use_qk_l2norm_in_kernel=spec.qk_l2norm,
-            cu_seqlens=batch.slots.cu_seqlens_int32,
-            disable_state_update=True,
-            intermediate_states_buffer=batch.snapshots.state,
-            intermediate_state_indices=batch.slots.rows,
-            cache_steps=batch.case.drafts,
-        )
-        return o.flatten(0, -3)
-
-    return verify
+    return fused_rule(
+        batch,
+        disable_state_update=True,
+        intermediate_states_buffer=batch.snapshots.state,
+        intermediate_state_indices=batch.slots.rows,
+        cache_steps=batch.case.drafts,
+    )
 
 
 def _chunk(batch: Batch) -> Callable[[], Tensor]:
@@ -260,7 +242,7 @@ DECODES = (
         name="sglang fused decode",
         modules=(FUSED,),
         includes="norms, gating, recurrence",
-        make=_fused_decode,
+        make=fused_rule,
     ),
 )
 VERIFIES = (

@@ -155,8 +155,9 @@ def _reasons(mamba_pool: Any) -> Iterator[str]:
         if is_used:
             yield f"{name} is used, where SGLang calls other kernels: needs an NVIDIA or AMD GPU"
     cache = mamba_pool.mamba_cache
-    if cache.replayssm_d is not None or cache.replayssm_rawv is not None:
-        yield "the pool has a ReplaySSM ring, needs none: start without --enable-linear-replayssm*"
+    base = getattr(mamba_pool, "replayssm_cache_base", None)
+    if cache.replayssm_rawv is not None or base is not None:
+        yield "verify has a ReplaySSM ring: start without --enable-linear-replayssm-spec"
     if len(cache.conv) != 1:
         yield f"a layer has {len(cache.conv)} conv states, needs 1 of [q | k | v]"
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from gdn_portable.errors import InputError
 from gdn_portable.interface import GdnOps
+from gdn_portable.metadata import DeferredUpdates
 from gdn_portable.select import AnyDevice
 from gdn_portable.spec import ConvLayout, GdnSpec, StateLayout
 
@@ -208,6 +209,29 @@ def gate_ops(bind: Bind) -> GateOps:
         return bound(a.shape[-1], a.dtype, a.device)
 
     return ops
+
+
+def updates_of(
+    d: Tensor | None,
+    k: Tensor | None,
+    g: Tensor | None,
+    write_pos: Tensor | None,
+    force_flush: Tensor | None,
+) -> dict[str, Any]:
+    """Return what a decode takes for SGLang's ring: nothing where there is none.
+
+    Of its L rows [slots, heads, L, .] the last is never kept: a decode that finds the others full
+    carries all out, as SGLang's own kernel does. Keys are kept as they are, not normalised: no
+    other kernel reads the ring.
+    """
+    if d is None or k is None or g is None:
+        return {}
+    parts = (x[:, :, : x.shape[2] - 1].transpose(1, 2) for x in (k, d, g))
+    return {
+        "deferred": DeferredUpdates(*parts),
+        "num_deferred": write_pos,
+        "flush": force_flush,
+    }
 
 
 def _check_slot(slot: torch.Size, heads: tuple[int, int, int, int]) -> None:

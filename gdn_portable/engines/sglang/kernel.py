@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gdn_portable.engines.sglang.bound import Bind, rule_ops
+from gdn_portable.engines.sglang.bound import Bind, rule_ops, updates_of
 from gdn_portable.errors import InputError, UnsupportedCallError
 from gdn_portable.interface import GdnOps
 from gdn_portable.metadata import PrefillMetadata, SnapshotDrafts, VerifyMetadata
@@ -106,29 +106,19 @@ class GdnKernel:
             cache_indices: [B] slots.
             num_v_heads: HV.
             head_v_dim: V.
-            replayssm_d: None, as the other parts of a ring.
-            replayssm_k: None.
-            replayssm_g: None.
-            replayssm_write_pos: None.
-            replayssm_force_flush: None.
+            replayssm_d: [slots, HV, L, V] ring of updates, or None: states are then written every
+                L tokens alone.
+            replayssm_k: [slots, H, L, K] their keys.
+            replayssm_g: [slots, HV, L] their log decay.
+            replayssm_write_pos: [B] updates that are in the ring.
+            replayssm_force_flush: [B] rows whose states are written now, or None.
 
         Returns:
             [1, B, HV, V] outputs.
-
-        Raises:
-            UnsupportedCallError: there is a ring of inputs to replay.
         """
-        ring = (
-            replayssm_d,
-            replayssm_k,
-            replayssm_g,
-            replayssm_write_pos,
-            replayssm_force_flush,
+        updates = updates_of(
+            replayssm_d, replayssm_k, replayssm_g, replayssm_write_pos, replayssm_force_flush
         )
-        if any(part is not None for part in ring):
-            raise UnsupportedCallError(
-                "a ReplaySSM ring is given, needs none: start without --enable-linear-replayssm"
-            )
         K = ssm_states.shape[-1]
         key_dim = (mixed_qkv.shape[-1] - num_v_heads * head_v_dim) // 2
         q, k, v = mixed_qkv.split((key_dim, key_dim, num_v_heads * head_v_dim), dim=-1)
@@ -136,7 +126,7 @@ class GdnKernel:
         v = v.unflatten(-1, (num_v_heads, head_v_dim))
         ops = self._ops(k.shape[-2:], v.shape[-2:], ssm_states, k.dtype, scale)
         return ops.recurrent_decode(
-            q, k, v, a, b, A_log, dt_bias, ssm_states, state_indices=cache_indices
+            q, k, v, a, b, A_log, dt_bias, ssm_states, state_indices=cache_indices, **updates
         )[None]
 
     def decode(

@@ -10,7 +10,7 @@ from sglang.srt.layers.attention.linear.utils import select_verify_intermediate_
 from torch import Tensor
 
 from gdn_portable.engines.sglang.backend import Backend
-from gdn_portable.engines.sglang.bound import Layer, step_ops
+from gdn_portable.engines.sglang.bound import Layer, step_ops, updates_of
 from gdn_portable.errors import UnsupportedCallError
 from gdn_portable.interface import GdnOps
 from gdn_portable.metadata import GdnParams, PrefillMetadata, SnapshotDrafts, VerifyMetadata
@@ -47,9 +47,16 @@ class StepBackend(Backend):
             mixed_qkv, z, b, a = _split(layer, *mixed_qkv)
         cache = self.req_to_token_pool.mamba2_layer_cache(layer.layer_id)
         pool = StatePool(cache.conv[0], cache.temporal)
-        slots = self.forward_metadata.mamba_cache_indices
+        metadata, slots = self.forward_metadata, self.forward_metadata.mamba_cache_indices
+        updates = updates_of(
+            cache.replayssm_d,
+            cache.replayssm_k,
+            cache.replayssm_g,
+            metadata.replayssm_write_pos,
+            metadata.replayssm_force_flush,
+        )
         ops = self._ops(layer, cache.conv[0], cache.temporal, mixed_qkv.dtype)
-        o = ops.decode_step(mixed_qkv, a, b, _params(layer), pool, state_indices=slots)
+        o = ops.decode_step(mixed_qkv, a, b, _params(layer), pool, state_indices=slots, **updates)
         self._track_mamba_state_decode(
             forward_batch, cache.conv[0], cache.temporal, slots, layer.layer_id
         )

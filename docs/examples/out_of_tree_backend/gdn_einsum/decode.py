@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from gdn_portable import Device, GdnSpec
+from gdn_portable import DeferredUpdates, Device, GdnSpec, UnsupportedCallError
 from gdn_portable.interface import RecurrentDecode
 
 
@@ -31,8 +31,13 @@ def make_recurrent_decode(spec: GdnSpec, device: Device, *, deterministic: bool)
         *,
         state_indices: Tensor,
         out_state_indices: Tensor | None = None,
+        deferred: DeferredUpdates | None = None,
+        num_deferred: Tensor | None = None,
+        flush: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
+        if deferred is not None:
+            raise UnsupportedCallError("deferred is given: the kernel writes every state")
         B = len(v)
         # index tensors may be longer than the batch
         source = state_indices[:B]
