@@ -54,6 +54,8 @@ REFUSED = (
     (decode, {"query_start_loc": index(0, 2)}, InputError, "names 1 sequences, needs 2"),
     (decode, {"ssm_states": TURNED}, InputError, r"slots of \(4, 8, 6\), needs \(4, 6, 8\)"),
     (decode, {"q": floats(2, 1, H, K)}, InputError, "names 2 sequences, needs 1"),
+    (packed_decode, {"replayssm_d": floats(1)}, InputError, "part of a ReplaySSM ring is None"),
+    (packed_decode, {"replayssm_write_pos": index(1)}, InputError, "part of a ReplaySSM ring"),
     (packed_decode, {"num_v_heads": 2, "head_v_dim": 12}, InputError, "needs"),
     (extend, {"ssm_states": TURNED}, InputError, r"needs \(4, 6, 8\) \[HV, V, K\]"),
     (extend, {"num_state_checkpoints": 2}, UnsupportedCallError, "needs track_state"),

@@ -55,12 +55,9 @@ def prefill(
     target = rules.targets(metadata.out_state_indices, source, slots)
     live, reads = rules.live(source), list(source)
     if metadata.has_initial_state is not None:
-        flags = metadata.has_initial_state
-        if flags.dim() != 1 or len(flags) < N:
-            got = shape_text(flags.shape)
-            raise InputError(f"has_initial_state is {got}, needs one axis of at least {N}")
+        flags = rules.indices("has_initial_state", metadata.has_initial_state, N, (torch.bool,))
         pad = rules.spec.pad_slot
-        reads = [s if f else pad for s, f in zip(source, flags.tolist(), strict=False)]
+        reads = [s if f else pad for s, f in zip(source, flags, strict=True)]
     rules.exclusive(live, reads, target)
     if g is not None:
         _decay(g, lengths, live)
@@ -247,16 +244,9 @@ def _replay(rules: Rules, drafts: ReplayDrafts, P: int, slots: int) -> int:
         "conv_inputs": (spec.conv_dim,),
     }
     for name, shape in shapes.items():
-        kept = getattr(drafts, name)
         dtype = spec.compute_dtype if name in ("g", "beta") else spec.dtype
-        needed = (max(slots, 1), max(P, room), *shape)
-        fits = kept.dim() == len(needed) and kept.shape[1:] == needed[1:]
-        if not fits or len(kept) < slots:
-            raise InputError(
-                f"drafts.{name} has shape {shape_text(kept.shape)}, needs {shape_text(needed)}"
-            )
-        rules.dtype_and_device(f"drafts.{name}", kept, (dtype,))
-        rules.writable(f"drafts.{name}", kept)
+        shape = (max(P, room), *shape)
+        rules.kept(f"drafts.{name}", getattr(drafts, name), slots, shape, (dtype,))
     return room
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gdn_portable.checks.tensors import INTEGERS, Rules, shape_text
+from gdn_portable.checks.tensors import INTEGERS, Rules
 from gdn_portable.errors import InputError
 from gdn_portable.metadata import check_deferred
 
@@ -27,22 +27,11 @@ def check(rules: Rules, arguments: Mapping[str, Any], source: list[int], slots: 
         "g": ((spec.num_v_heads,), floats),
     }
     for name, (shape, dtypes) in kinds.items():
-        value = getattr(kept, name)
-        needed = (max(slots, 1), room, *shape)
-        fits = value.dim() == len(needed) and value.shape[1:] == needed[1:]
-        if not fits or len(value) < slots:
-            raise InputError(
-                f"deferred.{name} has shape {shape_text(value.shape)}, needs {shape_text(needed)}"
-            )
-        rules.dtype_and_device(f"deferred.{name}", value, dtypes)
-        rules.writable(f"deferred.{name}", value)
+        rules.kept(f"deferred.{name}", getattr(kept, name), slots, (room, *shape), dtypes)
     live = rules.live(source)
     if count is not None:
         for i, number in enumerate(rules.indices("num_deferred", count, len(source))):
             if live[i] and not 0 <= number <= room:
                 raise InputError(f"num_deferred[{i}] is {number}, needs 0 to {room}")
     if flush is not None:
-        if flush.dim() != 1 or len(flush) < len(source):
-            got = shape_text(flush.shape)
-            raise InputError(f"flush is {got}, needs one axis of at least {len(source)}")
-        rules.dtype_and_device("flush", flush, (torch.bool, *INTEGERS))
+        rules.indices("flush", flush, len(source), (torch.bool, *INTEGERS))

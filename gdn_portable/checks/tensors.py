@@ -227,12 +227,32 @@ class Rules(NamedTuple):
         self.dtype_and_device(name, value, dtypes)
         self.writable(name, value)
 
-    def indices(self, name: str, value: Tensor, count: int) -> list[int]:
-        """Return the first ``count`` entries of an index tensor."""
+    def kept(
+        self,
+        name: str,
+        value: Tensor,
+        slots: int,
+        shape: tuple[int, ...],
+        dtypes: Sequence[torch.dtype],
+    ) -> None:
+        """Check what is kept of at least ``slots`` slots, of ``shape`` each."""
+        needed = (max(slots, 1), *shape)
+        fits = value.dim() == len(needed) and value.shape[1:] == needed[1:]
+        if not fits or len(value) < slots:
+            raise InputError(
+                f"{name} has shape {shape_text(value.shape)}, needs {shape_text(needed)}"
+            )
+        self.dtype_and_device(name, value, dtypes)
+        self.writable(name, value)
+
+    def indices(
+        self, name: str, value: Tensor, count: int, dtypes: Sequence[torch.dtype] = INTEGERS
+    ) -> list[int]:
+        """Return the first ``count`` entries of an index tensor, or of one of flags."""
         if value.dim() != 1 or len(value) < count:
             got = shape_text(value.shape)
             raise InputError(f"{name} is {got}, needs one axis of at least {count}")
-        self.dtype_and_device(name, value, INTEGERS)
+        self.dtype_and_device(name, value, dtypes)
         entries: list[int] = value[:count].tolist()
         return entries
 

@@ -223,9 +223,14 @@ def updates_of(
     Of its L rows [slots, heads, L, .] the last is never kept: a decode that finds the others full
     carries all out, as SGLang's own kernel does. Keys are kept as they are, not normalised: no
     other kernel reads the ring.
+
+    Raises:
+        InputError: a part of the ring is missing.
     """
-    if d is None or k is None or g is None:
+    if all(part is None for part in (d, k, g, write_pos, force_flush)):
         return {}
+    if d is None or k is None or g is None or write_pos is None:
+        raise InputError("part of a ReplaySSM ring is None, needs d, k, g and write_pos, or none")
     parts = (x[:, :, : x.shape[2] - 1].transpose(1, 2) for x in (k, d, g))
     return {
         "deferred": DeferredUpdates(*parts),

@@ -115,6 +115,9 @@ class GdnKernel:
 
         Returns:
             [1, B, HV, V] outputs.
+
+        Raises:
+            InputError: a part of the ring is missing.
         """
         updates = updates_of(
             replayssm_d, replayssm_k, replayssm_g, replayssm_write_pos, replayssm_force_flush
