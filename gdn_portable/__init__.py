@@ -3,6 +3,7 @@
 
 from gdn_portable import nn
 from gdn_portable.backend import Backend, Kernel
+from gdn_portable.deferred import write_deferred
 from gdn_portable.errors import (
     GdnError,
     InputError,
@@ -60,4 +61,5 @@ __all__ = [
     "explain",
     "get_backend",
     "nn",
+    "write_deferred",
 ]

@@ -231,6 +231,7 @@ class _Inputs:
         step = self.step(6, slots.tolist(), gate=True)
         step |= {"state_indices": slots, "deferred": self.deferred(), "num_deferred": count}
         flush = torch.tensor([False, True, True, True, False, False, True])
+        step["a"][1] = step["b"][1] = -torch.inf  # a token that changes no state
         yield "decode that defers and flushes with a gate", {**step, "flush": flush}
         step = self.step(6, [4, 9], gate=False)
         step |= {"state_indices": read, "out_state_indices": write, "deferred": self.deferred()}

@@ -29,9 +29,23 @@ def _in_double(function: Callable[[Any], Any]) -> Callable[[Array], Array]:
 
 
 def _field(x: Array, start: Array, length: Array) -> Array:
-    ones = (np.uint64(1) << length.astype(np.uint64)) - np.uint64(1)
-    assert x.dtype == np.uint32, "the field of a signed number"
-    return ((x.astype(np.uint64) >> start.astype(np.uint64)) & ones).astype(np.uint32)
+    size = length.astype(np.int64)
+    field = x.astype(np.int64) >> start.astype(np.int64) & (np.int64(1) << size) - 1
+    if x.dtype == np.int32:  # the field's first bit is its sign
+        field -= (field >> np.maximum(size - 1, 0) & 1) << size
+    return field.astype(x.dtype)
+
+
+def _permuted(x: Array, y: Array, selection: Array) -> Array:
+    """Return of 8 bytes those that a number's digits select."""
+    both = x.astype(np.uint64) | y.astype(np.uint64) << np.uint64(32)
+    word = np.zeros_like(both)
+    for n in range(4):
+        digit = selection.astype(np.uint64) >> np.uint64(4 * n) & np.uint64(15)
+        assert (digit < 8).all(), "signs are not known here"
+        byte = both >> digit * np.uint64(8) & np.uint64(255)
+        word |= byte << np.uint64(8 * n)
+    return word.astype(np.uint32)
 
 
 # by the first part of their names
@@ -41,7 +55,7 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "abs": np.abs, "min": np.minimum, "max": np.maximum, "shl": np.left_shift,
     "shr": np.right_shift, "mov": lambda x: x, "mad": lambda x, y, z: x * y + z,
     "rcp": _in_double(np.reciprocal), "ex2": _in_double(np.exp2), "lg2": _in_double(np.log2),
-    "rsqrt": _in_double(lambda x: 1 / np.sqrt(x)), "bfe": _field,
+    "rsqrt": _in_double(lambda x: 1 / np.sqrt(x)), "bfe": _field, "prmt": _permuted,
 }  # fmt: skip
 
 
@@ -55,9 +69,9 @@ def compute(parts: Sequence[str], values: Sequence[Array]) -> Array:
             return np.asarray(COMPARE[parts[1]](*values))
         if name == "fma":
             return _fused("rm" in parts, *values)
-        if name == "prmt":
-            assert (values[2] == 0x7632).all()
-            return values[0] >> np.uint32(16) | values[1] & np.uint32(0xFFFF0000)
+        if parts[:2] == ["mul", "hi"]:
+            assert parts[2] == "u32", parts
+            return (values[0].astype(np.uint64) * values[1] >> np.uint64(32)).astype(np.uint32)
         return np.asarray(PLAIN[name](*values))
 
 

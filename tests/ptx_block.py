@@ -214,7 +214,7 @@ class Warp:
         elif name.startswith(("__dynamic_shmem", "global_smem")):
             bits = np.zeros(WARP, np.uint64)
         else:
-            number = int(name[2:], 16) if name.startswith("0f") else int(name, 0)
+            number = int(name[2:], 16) if name.startswith("0f") else int(name.rstrip("U"), 0)
             bits = np.full(WARP, number & (2**64 - 1), np.uint64)
         return bits.astype(f"u{np.dtype(kind).itemsize}").view(kind)
 
@@ -265,7 +265,7 @@ class Warp:
                 self._put(target, (word >> np.uint64(bits * n)).astype(f"u{bits // 8}"), mask)
         elif name in ("ldmatrix", "stmatrix"):
             assert mask.all(), "part of a warp moves matrices"
-            self._move_matrices(name == "ldmatrix", operands)
+            self._move_matrices(name == "ldmatrix", "trans" in parts, operands)
         else:
             self._put(operands[0], self._computed(parts, operands, kind), mask)
 
@@ -345,19 +345,29 @@ class Warp:
                 x = np.ascontiguousarray(self._get(word, kind)[mask])
                 self._store(memory, at, x)
 
-    def _move_matrices(self, loads: bool, operands: Sequence[Operand]) -> None:
-        """Move matrices of 8 x 16 bytes: a lane has where a row is, and 4 bytes of each matrix."""
+    def _move_matrices(self, loads: bool, turns: bool, operands: Sequence[Operand]) -> None:
+        """Move matrices of 8 x 8 halves of words: a lane has where a row is, and two of a row.
+
+        Where they are transposed, two of a column.
+        """
         words, where = operands if loads else reversed(operands)
         words = words if isinstance(words, tuple) else (words,)
         every, lane = np.ones(WARP, bool), np.arange(WARP)
         rows = np.array(self._addresses(where, every))
         for n, word in enumerate(words):
-            at = self.block.shared.at(rows[8 * n + lane // 4] + lane % 4 * 4, 4)
+            x = np.zeros(WARP, np.uint32) if loads else self._get(word, np.uint32)
+            for half in range(2):
+                row, column = lane // 4, lane % 4 * 2 + half
+                if turns:
+                    row, column = column, row
+                at, shift = self.block.shared.at(rows[8 * n + row] + column * 2, 2), 16 * half
+                if loads:
+                    loaded = np.ascontiguousarray(self.block.shared.data[at]).view(np.uint16)
+                    x |= loaded[:, 0].astype(np.uint32) << np.uint32(shift)
+                else:
+                    self._store(self.block.shared, at, (x >> np.uint32(shift)).astype(np.uint16))
             if loads:
-                x = np.ascontiguousarray(self.block.shared.data[at]).view(np.uint32)[:, 0]
                 self._put(word, x, every)
-            else:
-                self._store(self.block.shared, at, np.ascontiguousarray(self._get(word, np.uint32)))
 
     def _store(self, memory: Space, at: Array, x: Array) -> None:
         stored = x[:, None].view(np.uint8).reshape(at.shape)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gdn_portable import PrefillMetadata, StateLayout
+from gdn_portable import PrefillMetadata, StateLayout, write_deferred
 from tests.cases import (
     F64,
     FLOAT32,
@@ -355,6 +355,45 @@ def test_what_is_deferred_is_carried_out_in_other_slots():
         assert_close(states.state[slot], before.state[slot])
     for after, was in zip(tensors(deferred), tensors(kept), strict=True):
         torch.testing.assert_close(after, was, rtol=0, atol=0, equal_nan=True)
+
+
+@both_layouts
+@pytest.mark.parametrize("qk_l2norm", [True, False])
+def test_what_is_deferred_is_written_without_a_token(qk_l2norm, state_layout):
+    spec = replace(SPEC, state_layout=state_layout, qk_l2norm=qk_l2norm)
+    rng, ops = generator(), cpu(spec)
+    always, weights = pool(spec, rng, 6, live=[5, 2], paged=True), params(spec, rng)
+    seldom, counts = copies(always), slots(0, 0)
+    deferred = deferred_updates(spec, rng, 6, 4, counts={})
+    for _ in range(3):
+        rows, batch = (mixed_qkv(spec, rng, 2), *ab(spec, rng, 2)), {"state_indices": slots(5, 2)}
+        ops.decode_step(*rows, weights, always, **batch)
+        ops.decode_step(*rows, weights, seldom, deferred=deferred, num_deferred=counts, **batch)
+        counts += 1
+    before, kept = copies(seldom), copies(deferred)
+
+    others = {"num_deferred": slots(3, 3, 3), "out_state_indices": slots(1, -1, 0)}
+    write_deferred(ops, seldom.state, deferred, state_indices=slots(5, 5, -1), **others)
+    assert_close(seldom.state[1], always.state[5])
+    assert_close(seldom.state[[5, 2]], before.state[[5, 2]])
+    write_deferred(
+        ops, seldom.state, deferred, state_indices=slots(-1, 2), num_deferred=slots(3, 3)
+    )
+
+    assert_close(seldom.state[2], always.state[2])
+    assert_close(seldom.state[5], before.state[5])
+    for after, was in zip(tensors(deferred), tensors(kept), strict=True):
+        torch.testing.assert_close(after, was, rtol=0, atol=0, equal_nan=True)
+
+
+def test_nothing_deferred_leaves_the_bits_of_a_state():
+    rng, ops = generator(), cpu(SPEC)
+    states = pool(SPEC, rng, 6, live=[5, 2])
+    before, deferred = copies(states), deferred_updates(SPEC, rng, 6, 4, counts={})
+
+    write_deferred(ops, states.state, deferred, state_indices=slots(5, 2), num_deferred=slots(0, 0))
+
+    assert torch.equal(states.state[[5, 2]], before.state[[5, 2]])
 
 
 def test_without_a_count_nothing_was_deferred():

@@ -17,7 +17,8 @@ from gdn_backend_triton.decode import make_recurrent_decode  # noqa: E402
 from gdn_backend_triton.maths import widened  # noqa: E402
 
 from ci.resources.driver import Compiled, compiling_for  # noqa: E402
-from gdn_portable import Device, GdnSpec, Op, bind  # noqa: E402
+from gdn_portable import Device, GdnSpec, Op, StateLayout, bind  # noqa: E402
+from gdn_portable.layout import adapt  # noqa: E402
 from gdn_portable.testing import cases  # noqa: E402
 from tests.cute_lanes import Space  # noqa: E402
 from tests.ptx_block import WARP, Block  # noqa: E402
@@ -35,14 +36,17 @@ LAYERS = {
         state_dtype=torch.float32,
     ),
     "bfloat16 throughout": GdnSpec(
-        num_k_heads=2,
-        num_v_heads=2,
+        num_k_heads=1,
+        num_v_heads=3,
         head_k_dim=64,
         head_v_dim=32,
         dtype=torch.bfloat16,
         state_dtype=torch.bfloat16,
     ),
 }
+LAYERS["bfloat16 throughout, KV"] = replace(
+    LAYERS["bfloat16 throughout"], head_v_dim=64, state_layout=StateLayout.KV
+)
 NAMES = [
     case.name
     for case in cases(LAYERS["float32 state"])
@@ -87,6 +91,7 @@ def test_a_decode_that_defers_passes_the_case(
     spec = LAYERS[layer]
     monkeypatch.setattr(deferred_decode, "Launch", PtxLaunch)
     launch = make_recurrent_decode(spec, Device("cuda", "sm90"), deterministic=False)
+    launch = adapt(launch, Op.RECURRENT_DECODE, spec)
     ops = replace(bind(spec, "cpu", check=False), recurrent_decode=launch)
 
     next(case for case in cases(spec) if case.name == name).check(ops)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from gdn_backend_triton.conv1d import make_conv1d_update
 from gdn_backend_triton.decode_tiles import (
-    DEFERRED_TILES,
     GATED_TILES,
     STEP_TILES,
     TILES,
@@ -190,7 +189,6 @@ def make_recurrent_decode(spec: GdnSpec, device: Device, *, deterministic: bool)
     """Return the op. A row's result depends on the tile and not on the batch around it."""
     HV = spec.num_v_heads
     choices = choices_of(TILES, spec, device, deterministic=deterministic)
-    deferring = choices_of(DEFERRED_TILES, spec, device, deterministic=deterministic)
     launch = _make_launch(spec, device, starts=None)
     launch_deferred = make_deferred(spec, device, starts=None)
 
@@ -221,7 +219,7 @@ def make_recurrent_decode(spec: GdnSpec, device: Device, *, deterministic: bool)
         if heads and deferred is not None:
             launch_deferred(
                 *inputs, deferred, state_indices, out_state_indices, num_deferred, flush, out,
-                qkv_strides, pick(deferring, heads),
+                qkv_strides,
             )  # fmt: skip
         elif heads:
             launch(
@@ -243,7 +241,6 @@ def make_decode_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> D
     key_dim, _, value_dim = spec.conv_groups
     plain = choices_of(STEP_TILES, spec, device, deterministic=deterministic)
     gated = choices_of(GATED_TILES, spec, device, deterministic=deterministic)
-    deferring = choices_of(DEFERRED_TILES, spec, device, deterministic=deterministic)
     conv1d_update = make_conv1d_update(spec, device, deterministic=deterministic)
     gated_rms_norm = make_gated_rms_norm(spec, device, deterministic=deterministic)
     starts = key_dim, D - value_dim
@@ -284,7 +281,7 @@ def make_decode_step(spec: GdnSpec, device: Device, *, deterministic: bool) -> D
         if deferred is not None:
             launch_deferred(
                 *inputs, deferred, state_indices, out_state_indices, num_deferred, flush, out,
-                qkv_strides, pick(deferring, B * HV),
+                qkv_strides,
             )  # fmt: skip
             return apply_gate(out, gate, params, gated_rms_norm, out=out)
         # the gate that the recurrence applies, and the one that is left to a third launch

@@ -75,14 +75,17 @@ GATED_TILES: Table = {
     ("gfx942", 2): ((256, Tile(128, 128, 8, 8)), (ANY, Tile(128, 64, 8, 4))),
 }
 # where states are written every few tokens alone. H200, the same layer, 7 updates deferred at most,
-# B = 8 / 128 / 512, us a step: 12.7 / 89.5 / 330 with a float32 state, of 32 rows in panels of 8
-# 14.7 / 91.4 / 339; with bfloat16 11.2 / 68.4 / 252, and 13.5 / 68.2 / 246
+# float32 state, B = 8 / 128 / 512, us a step: 12.7 / 89.5 / 330; of 32 rows in panels of 8 14.7 /
+# 91.4 / 339
 DEFERRED_TILES: Table = {
     ("sm90", 4): ((ANY, Tile(16, 16, 16, 1)),),
     ("sm90", 2): ((ANY, Tile(16, 16, 16, 1)),),
     ("gfx942", 4): ((ANY, Tile(16, 16, 8, 1)),),
     ("gfx942", 2): ((ANY, Tile(16, 16, 8, 1)),),
 }
+# likewise, by tensor cores. Bfloat16 state, B = 8 / 32 / 128 / 512: 11.4 / 22.9 / 60.3 / 206, of 16
+# rows 11.6 / 22.9 / 62.3 / 220; without tensor cores 11.1 / 23.6 / 68.1 / 254
+DOT_TILES: Table = {("sm90", 2): ((ANY, Tile(32, 32, 32, 1)),)}
 LEAST_RUN = 64  # bytes of a row of the layout KV that a panel takes at least
 MOST_WARPS = 16
 
@@ -107,6 +110,12 @@ def choices_of(
     entries = table.get((device.arch, itemsize), table[DEFAULT_ARCH[device.kind], itemsize])
     fitted = [(heads, fit(tile, spec)) for heads, tile in entries]
     return fitted[-1:] if deterministic else fitted
+
+
+def only_choice_of(table: Table, spec: GdnSpec, device: Device) -> Choice:
+    """Return what a table without batches uses for a layer."""
+    ((_, choice),) = choices_of(table, spec, device, deterministic=True)
+    return choice
 
 
 def pick(choices: list[tuple[int, Choice]], heads: int) -> Choice:

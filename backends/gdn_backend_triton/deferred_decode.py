@@ -14,7 +14,6 @@ the state and keeps u, or carries all out.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -22,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn_backend_triton.decode_tiles import Choice
+from gdn_backend_triton.decode_tiles import DEFERRED_TILES, DOT_TILES, only_choice_of
 from gdn_backend_triton.launch import STEP_SIZES, STEP_TENSORS, power_of_two
 from gdn_backend_triton.launches import Launch
-from gdn_backend_triton.maths import add_pairs, add_triples, gates, rounded
+from gdn_backend_triton.maths import add_pairs, add_triples, gates, rounded, upper_half
 from gdn_backend_triton.overlap import begin
 from gdn_portable.metadata import DeferredUpdates
 from gdn_portable.spec import Device, GdnSpec
@@ -35,6 +34,8 @@ from gdn_portable.spec import Device, GdnSpec
 SINGLE = tl.constexpr(8)
 FACTORS = 3
 SOME = 4  # updates that are carried out at a time: their loads do not wait for each other
+PART = 32  # columns of a state that are carried out at a time by tensor cores
+LEAST = tl.constexpr(16)  # that a product of matrices sums over
 
 
 @triton.jit
@@ -127,6 +128,37 @@ def _find_factors(
         tl.store(kept_k + count * kept_k_r, raw.to(kept_k.dtype.element_ty))
 
 
+@triton.jit
+def _carry_out(
+    old, new, kept_k, kept_u, left, count, left_of_S, u, k, state_k, kept_k_r, kept_k_k, kept_u_r,
+    k_k, K: tl.constexpr, BR: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Store rows of a state with all that is kept and one update more, by tensor cores."""
+    ROWS: tl.constexpr = max(BR, LEAST)
+    r = tl.arange(0, ROWS)
+    is_kept = r < count
+    updates = tl.load(kept_u[:, None] + r[None, :] * kept_u_r, mask=is_kept[None, :], other=0.0)
+    left = tl.load(left + r, mask=is_kept, other=0.0)
+    high, rest = upper_half(updates.to(tl.float32) * left[None, :])
+    middle, rest = upper_half(rest)
+    low, rest = upper_half(rest)
+    # rows are loaded once more: not to hold them is what lets more programs read states
+    columns = tl.arange(0, PART)
+    old, new = old[:, None] + columns[None, :] * state_k, new[:, None] + columns[None, :] * state_k
+    kept_k += r[:, None] * kept_k_r + columns[None, :] * kept_k_k
+    k += columns * k_k
+    S, key = tl.load(old), tl.load(k)
+    keys = tl.load(kept_k, mask=is_kept[:, None], other=0.0)
+    for part in tl.range(0, K, PART, num_stages=1):
+        next_part = tl.minimum(part + PART, K - PART)
+        next_S, next_key = tl.load(old + next_part * state_k), tl.load(k + next_part * k_k)
+        next_keys = tl.load(kept_k + next_part * kept_k_k, mask=is_kept[:, None], other=0.0)
+        sums = left_of_S * S.to(tl.float32) + u[:, None] * key.to(tl.float32)[None, :]
+        sums = tl.dot(high, keys, tl.dot(middle, keys, tl.dot(low, keys, sums)))
+        tl.store(new + part * state_k, rounded(sums, new.dtype.element_ty))
+        S, key, keys = next_S, next_key, next_keys
+
+
 @triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 def _decode_deferred(
     q, k, v, state, kept_k, kept_u, state_indices, out_state_indices, num_deferred, flush, factors,
@@ -136,7 +168,7 @@ def _decode_deferred(
     K_START: tl.constexpr, V_START: tl.constexpr, HV: tl.constexpr, RATIO: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
     ROOM: tl.constexpr, BR: tl.constexpr, SIZE: tl.constexpr, SOME: tl.constexpr,
-    PAD: tl.constexpr, OVERLAPS: tl.constexpr,
+    PART: tl.constexpr, DOTS: tl.constexpr, PAD: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     # programs and panels are those of the kernel in ``decode``
     SPLIT: tl.constexpr = K // BK
@@ -172,9 +204,14 @@ def _decode_deferred(
     if OVERLAPS:
         # states and updates are of the step before, which has ended; nothing is stored before this
         tl.extra.cuda.gdc_wait()
-    query = tl.load(q + t * q_t + h // RATIO * q_h + columns * q_k).to(tl.float32)[:, None, :]
-    key = tl.load(k + t * k_t + K_START + h // RATIO * k_h + columns * k_k)
-    key = key.to(tl.float32)[:, None, :]
+    q += t * q_t + h // RATIO * q_h
+    k += t * k_t + K_START + h // RATIO * k_h
+    kept_k += source * kept_k_s + h // RATIO * kept_k_h
+    if DOTS:
+        both = tl.join(tl.load(k + tl.arange(0, K) * k_k), tl.load(q + tl.arange(0, K) * q_k))
+    else:
+        query = tl.load(q + columns * q_k).to(tl.float32)[:, None, :]
+        key = tl.load(k + columns * k_k).to(tl.float32)[:, None, :]
     v += t * v_t + V_START + h * v_h + panel_rows * v_v
     value = tl.load(v)
     factors += (t * HV + h) * SIZE
@@ -190,9 +227,12 @@ def _decode_deferred(
             next_value = tl.load(v + (panel + 1) * BP * v_v)
             next_at = updates_at + (panel + 1) * BP * kept_u_v
             next_updates = tl.load(next_at, mask=is_kept, other=0.0)
-        S = tl.reshape(S.to(tl.float32), [SPLIT, BP, BK])
+        if DOTS:
+            seen, read = tl.split(tl.dot(S, both))
+        else:
+            S = tl.reshape(S.to(tl.float32), [SPLIT, BP, BK])
+            seen, read = tl.reduce(tl.reduce((S * key, S * query), 0, add_pairs), 1, add_pairs)
         updates = updates.to(tl.float32)
-        seen, read = tl.reduce(tl.reduce((S * key, S * query), 0, add_pairs), 1, add_pairs)
         # products are rounded before they are added: fused with the first sum of two threads, each
         # thread would round the other's product and not its own
         shares = tl.fma(updates, u_by_kept, 0.0), tl.fma(updates, o_by_kept, 0.0)
@@ -202,21 +242,30 @@ def _decode_deferred(
         y = tl.where(tl.arange(0, PANELS)[None, :] == panel, o[:, None], y)
         if carries_out:
             if target > PAD:
-                changed = left_of_S * S
-                k_j = kept_k + source * kept_k_s + h // RATIO * kept_k_h + columns * kept_k_k
                 u_j = kept_u + panel * BP * kept_u_v
-                for first_of_some in range(0, count, SOME):
-                    for n in tl.static_range(SOME):
-                        j = first_of_some + n
-                        is_there = j < count
-                        share = tl.load(factors + SINGLE + 2 * BR + j, mask=is_there, other=0.0)
-                        u_kept = tl.load(u_j + j * kept_u_r, mask=is_there, other=0.0)
-                        u_kept = share * u_kept.to(tl.float32)
-                        key_kept = tl.load(k_j + j * kept_k_r, mask=is_there, other=0.0)
-                        changed += u_kept[None, :, None] * key_kept.to(tl.float32)[:, None, :]
-                changed = tl.reshape(changed + u[None, :, None] * key, [SPLIT * BP, BK])
-                to = new + panel * BP * state_v
-                tl.store(to, rounded(changed, state.dtype.element_ty))
+                left = factors + SINGLE + 2 * BR
+                if DOTS:
+                    down = h * state_h + (panel * BP + panel_rows) * state_v
+                    _carry_out(
+                        state + source * state_s + down, state + target * state_s + down, kept_k,
+                        u_j, left, count, left_of_S, u, k, state_k, kept_k_r, kept_k_k, kept_u_r,
+                        k_k, K, BR, PART,
+                    )  # fmt: skip
+                else:
+                    changed = left_of_S * S
+                    k_j = kept_k + columns * kept_k_k
+                    for first_of_some in range(0, count, SOME):
+                        for n in tl.static_range(SOME):
+                            j = first_of_some + n
+                            is_there = j < count
+                            u_kept = tl.load(u_j + j * kept_u_r, mask=is_there, other=0.0)
+                            u_kept = u_kept.to(tl.float32)
+                            u_kept *= tl.load(left + j, mask=is_there, other=0.0)
+                            key_kept = tl.load(k_j + j * kept_k_r, mask=is_there, other=0.0)
+                            changed += u_kept[None, :, None] * key_kept.to(tl.float32)[:, None, :]
+                    changed = tl.reshape(changed + u[None, :, None] * key, [SPLIT * BP, BK])
+                    to = new + panel * BP * state_v
+                    tl.store(to, rounded(changed, state.dtype.element_ty))
         else:
             to = kept_u + count * kept_u_r + panel * BP * kept_u_v
             tl.store(to, rounded(u, kept_u.dtype.element_ty))
@@ -235,8 +284,10 @@ def make_deferred(
         device: where.
         starts: first columns of k and v in what the convolution in front writes; None without one.
     """
+    dots = device.kind == "cuda" and spec.dtype is spec.state_dtype is torch.bfloat16
+    BV, BP, BK, num_warps = only_choice_of(DOT_TILES if dots else DEFERRED_TILES, spec, device)
     find_factors = Launch(_find_factors, device, num_warps=1)
-    kernel = functools.cache(lambda warps: Launch(_decode_deferred, device, num_warps=warps))
+    decode = Launch(_decode_deferred, device, num_warps=num_warps)
     H, HV, K, V = spec.num_k_heads, spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
     k_start, v_start = starts or (0, 0)
     rules = (spec.q_scale, spec.qk_l2norm, starts is not None)
@@ -245,9 +296,7 @@ def make_deferred(
         q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
         state: Tensor, deferred: DeferredUpdates, source: Tensor, target: Tensor | None,
         count: Tensor | None, flush: Tensor | None, out: Tensor, qkv_strides: tuple[int, ...],
-        choice: Choice,
     ) -> None:  # fmt: skip
-        BV, BP, BK, num_warps = choice
         B, room = out.shape[0], deferred.k.shape[1]
         BR = power_of_two(room)
         size = SINGLE.value + FACTORS * BR
@@ -264,13 +313,13 @@ def make_deferred(
              *rules),
         )  # fmt: skip
         state_s, *state_strides = state.stride()
-        kernel(num_warps)(
+        decode(
             B * HV * (V // BV),
             (q, k, v, state, deferred.k, deferred.u, *indices, factors, out),
             (),
             (*qkv_strides, state_s, *kept_k, *kept_u, *batch, *out.stride(), *state_strides,
              k_start, v_start, HV, HV // H, K, V, BV, BP, BK, room, BR, size, min(SOME, BR),
-             spec.pad_slot),
+             min(PART, K), dots, spec.pad_slot),
         )  # fmt: skip
 
     return launch
