@@ -48,5 +48,5 @@ def write_deferred(
     ops.recurrent_decode(
         k, k, v, gates, gates, rates, rates, state, state_indices=state_indices,
         out_state_indices=out_state_indices, deferred=deferred, num_deferred=num_deferred,
-        flush=zeros(B, dtype=torch.bool).fill_(True),
+        flush=torch.ones(B, dtype=torch.bool, device=state.device),
     )  # fmt: skip
